@@ -1,0 +1,158 @@
+"""Corpora and runs on disk: what the scripts share about files, and how they end when a file is not as it should be.
+
+A corpus is a folder of four files written by data/prepare.py; a run is a folder `out/<run>/` written by train.py. Both are data: nothing read here is
+ever executed, checkpoints are read with weights_only=True, and sizes and hashes are checked before use.
+"""
+import base64
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from dataclasses import dataclass, fields
+
+import numpy as np
+import tiktoken
+import torch
+
+from model import Llama, ModelConfig
+
+
+def fail(message, code=2):
+    """End the program with one line. Code 2: the user can mend it before anything starts; code 1: it happened while working."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def write_atomic(path, write):
+    """Call `write(file)` on a file beside `path`, flush it to the disk and rename it into place: `path` is the old file or the new one, never half."""
+    with open(path + ".tmp", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------------------
+# Corpora
+
+
+@dataclass
+class Corpus:
+    """A prepared corpus. `train` and `val` are flat arrays of token ids on disk; each document ends with the id `eot`."""
+
+    train: np.ndarray  # (tokens,) uint16, memory-mapped
+    val: np.ndarray  # (tokens,) uint16, memory-mapped
+    encoding: tiktoken.Encoding
+    eot: int  # id of <|endoftext|>
+    mask: int  # id of <|mask|>, which never occurs in the text
+    vocab_size: int  # ids the model reserves, padded to a multiple of 64
+    token_bytes: list  # id -> the bytes it stands for, for all ordinary ids
+    meta: dict  # meta.json
+
+    @property
+    def val_tokens_per_byte(self):
+        """Turns nats a token into nats a byte on the validation text."""
+        return self.meta["splits"]["val"]["tokens"] / self.meta["splits"]["val"]["bytes"]
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf8") as file:
+            return json.load(file)
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except ValueError as error:
+        fail(f"{path} is not valid JSON ({error}): it is damaged; prepare or copy it again")
+
+
+def load_tokenizer(folder):
+    """The tiktoken.Encoding that tokenizer.tiktoken and meta.json of a corpus or a run folder describe; nothing is downloaded."""
+    meta, path = read_json(os.path.join(folder, "meta.json")), os.path.join(folder, "tokenizer.tiktoken")
+    try:
+        with open(path, "rb") as file:  # by hand: tiktoken's own reader caches by path, so a rebuilt corpus would get the old vocabulary
+            ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file)}
+        return tiktoken.Encoding(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special_tokens"])
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"cannot read the tokenizer {path} ({error!r}); prepare the corpus again")
+
+
+def load_corpus(folder):
+    """Read a corpus, checking it against its meta.json: sizes always, hashes of files below 1 GB. A mismatch ends the program."""
+    meta, repair = read_json(os.path.join(folder, "meta.json")), "prepare it again with data/prepare.py"
+    try:
+        for name, sha256 in meta["sha256"].items():
+            path = os.path.join(folder, os.path.basename(name))
+            size = os.path.getsize(path)
+            if name.endswith(".bin") and size != 2 * meta["splits"][name[:-4]]["tokens"]:
+                fail(f"{path} holds {size // 2:,} tokens, but meta.json says {meta['splits'][name[:-4]]['tokens']:,}: it was cut short or mixed up; {repair}")
+            if size < 1e9 and _sha256(path) != sha256:
+                fail(f"{path} does not match the sha256 in meta.json: it was changed or damaged; {repair}")
+        encoding = load_tokenizer(folder)
+        train, val = (np.memmap(os.path.join(folder, f"{split}.bin"), dtype="<u2", mode="r") for split in ("train", "val"))
+        eot, mask = (meta["special_tokens"][name] for name in ("<|endoftext|>", "<|mask|>"))
+        token_bytes = [encoding.decode_single_token_bytes(i) for i in range(min(eot, mask))]
+        return Corpus(train, val, encoding, eot, mask, meta["vocab_size"], token_bytes, meta)
+    except OSError as error:
+        fail(f"cannot read the corpus {folder}: {error}; {repair}")
+    except (KeyError, TypeError, AttributeError) as error:
+        fail(f"{folder}/meta.json lacks what a corpus needs ({error!r}); {repair}")
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def checkpoints(out_dir):
+    """The steps of the checkpoints in a run folder, ascending, each with its path: {600: "out/11m/ckpt_000600.pt", ...}."""
+    names = sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else []
+    return {int(m[1]): os.path.join(out_dir, m[0]) for m in (re.fullmatch(r"ckpt_(\d{6,})\.pt", name) for name in names) if m}
+
+
+def load_checkpoint(path, map_location="cpu"):
+    """The dict of tensors and plain values that a checkpoint holds. Never runs code from the file; a damaged file ends the program."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"cannot read the checkpoint {path} ({reason}): it is cut short, damaged or not a checkpoint; delete it to use the one before")
+
+
+def load_model(out_dir, step=None, device="cpu"):
+    """The model of a run at a step (None: the newest), in eval mode, with its tokenizer and the whole checkpoint.
+
+    Returns (Llama, tiktoken.Encoding, dict). Ends the program with one line where the folder holds no such checkpoint.
+    """
+    found = checkpoints(out_dir)
+    if not found:
+        fail(f"{out_dir} holds no checkpoint (ckpt_*.pt); train one with train.py --out_dir={out_dir}")
+    if step is not None and step not in found:
+        fail(f"{out_dir} holds no checkpoint of step {step}; it has {', '.join(map(str, found))}")
+    checkpoint = load_checkpoint(found[max(found) if step is None else step], device)
+    config = ModelConfig(**{field.name: checkpoint["config"][field.name] for field in fields(ModelConfig) if field.name in checkpoint["config"]})
+    model = Llama(config).to(device)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        fail(f"the weights in {out_dir} do not fit the shape in their config: {str(error).splitlines()[-1].strip()}")
+    return model.eval(), load_tokenizer(out_dir), checkpoint
+
+
+def read_log(out_dir, up_to=math.inf):
+    """The lines of log.jsonl as dicts, up to and including step `up_to`. A last line torn by a crash is left out."""
+    path, lines = os.path.join(out_dir, "log.jsonl"), []
+    if os.path.exists(path):
+        with open(path, encoding="utf8") as file:
+            for line in file:
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    break
+    return [line for line in lines if line["step"] <= up_to]
