@@ -2,9 +2,9 @@
 
     config, rest = configurator.load(Config, sys.argv[1:])
 
-A word that ends in .py is a config file: plain assignments of what differs from the defaults, run as Python (so run only those you trust). `--key=value`
-sets one field. Any other word comes back in `rest`: a run folder, say. Everything is checked by name and type against the dataclass, the only home of
-names, types and defaults; its trailing comments are the text of `--help`.
+A word that ends in .py is a config file: plain assignments of what differs from the defaults, run as Python (so run only those you trust).
+`--key=value` sets one field. Any other word comes back in `rest`: a run folder, say. Everything is checked by name and type against the dataclass,
+the only home of names, types and defaults; its trailing comments are the text of `--help`.
 """
 import dataclasses
 import difflib
@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 import types
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -55,8 +56,9 @@ def from_file(cls, path):
     try:
         names = runpy.run_path(found)
     except Exception as error:  # the file is the user's program: whatever is wrong in it is told in a line
-        line = getattr(error, "lineno", None) or next((f.tb_lineno for f in _frames(error) if f.tb_frame.f_code.co_filename == found), "?")
-        raise SettingError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+        inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == found]
+        line = error.lineno if isinstance(error, SyntaxError) else inside[-1]
+        raise SettingError(f"{path}, line {line}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     names = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
     return {key: checked(cls, key, value, path) for key, value in names.items()}
 
@@ -107,12 +109,3 @@ def help_text(cls, usage):
         elif line.startswith("    # "):
             lines.append(line[6:])
     return "\n".join(lines)
-
-
-def _frames(error):
-    """The frames of a traceback, innermost first."""
-    frames, frame = [], error.__traceback__
-    while frame:
-        frames.append(frame)
-        frame = frame.tb_next
-    return reversed(frames)

@@ -136,7 +136,7 @@ class Llama(nn.Module):
         std = 0.02
         residual_std = std / math.sqrt(2 * self.config.n_layers)  # 2 n_layers matrices write to the residual stream: together they add std^2
         nn.init.normal_(self.embedding.weight, std=std)
-        nn.init.normal_(self.unembedding.weight, std=std)  # logits near zero: the first loss is ln V
+        nn.init.normal_(self.unembedding.weight, std=min(std, 0.5 / math.sqrt(self.config.d_model)))  # logits of at most 0.5: the first loss is ln V
         for block in self.blocks:
             for reads in (block.attention.q_proj, block.attention.k_proj, block.attention.v_proj, block.mlp.gate, block.mlp.up):
                 nn.init.normal_(reads.weight, std=std)
@@ -154,6 +154,10 @@ class Llama(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.norm(x)
+
+    def features_at(self, idx, positions):
+        """The features (B, C) of one position (B,) in each row of idx (B, T)."""
+        return self.features(idx)[torch.arange(len(idx), device=idx.device), positions]
 
     def logits(self, idx):
         """Scores (B, T, V) of the token that follows each position of idx (B, T)."""
@@ -183,8 +187,8 @@ class Llama(nn.Module):
     def flops_per_token(self, T, backward, unembedding):
         """FLOPs that one token of a T-token row costs: the one place where they are counted (Kaplan et al. 2020, appendix B).
 
-        Two a weight forward and four more backward. The input embedding is a look-up and costs nothing; the unembedding counts where logits are wanted.
-        Attention adds two products (scores, mixing) of 2 C FLOPs for each of the (T + 1) / 2 positions that a token sees on average.
+        Two a weight forward and four more backward. The input embedding is a look-up and costs nothing; the unembedding counts where logits are
+        wanted. Attention adds two products (scores, mixing) of 2 C FLOPs for each of the (T + 1) / 2 positions that a token sees on average.
         """
         weights = self.n_params() - self.embedding.weight.numel() - (0 if unembedding else self.unembedding.weight.numel())
         attention = self.config.n_layers * 2 * 2 * self.config.d_model * (T + 1) / 2

@@ -27,7 +27,7 @@ def fail(message, code=2):
 
 
 def write_atomic(path, write):
-    """Call `write(file)` on a file beside `path`, flush it to the disk and rename it into place: `path` is the old file or the new one, never half."""
+    """Call `write(file)` on a file beside `path`, flush it to the disk, rename it into place: `path` is the old file or the new one, never half."""
     with open(path + ".tmp", "wb") as file:
         write(file)
         file.flush()
@@ -79,6 +79,11 @@ def load_tokenizer(folder):
         fail(f"cannot read the tokenizer {path} ({error!r}); prepare the corpus again")
 
 
+def decode(encoding, ids):
+    """The text of a list of ids; ids that only pad the vocabulary stand for none."""
+    return encoding.decode([i for i in ids if i < encoding.n_vocab])
+
+
 def load_corpus(folder):
     """Read a corpus, checking it against its meta.json: sizes always, hashes of files below 1 GB. A mismatch ends the program."""
     meta, repair = read_json(os.path.join(folder, "meta.json")), "prepare it again with data/prepare.py"
@@ -86,8 +91,9 @@ def load_corpus(folder):
         for name, sha256 in meta["sha256"].items():
             path = os.path.join(folder, os.path.basename(name))
             size = os.path.getsize(path)
-            if name.endswith(".bin") and size != 2 * meta["splits"][name[:-4]]["tokens"]:
-                fail(f"{path} holds {size // 2:,} tokens, but meta.json says {meta['splits'][name[:-4]]['tokens']:,}: it was cut short or mixed up; {repair}")
+            tokens = meta["splits"][name[:-4]]["tokens"] if name.endswith(".bin") else None
+            if tokens is not None and size != 2 * tokens:
+                fail(f"{path} holds {size // 2:,} tokens, but meta.json says {tokens:,}: it was cut short or mixed up; {repair}")
             if size < 1e9 and _sha256(path) != sha256:
                 fail(f"{path} does not match the sha256 in meta.json: it was changed or damaged; {repair}")
         encoding = load_tokenizer(folder)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import configurator
-from runs import fail, load_model
+from runs import decode, fail, load_model
 
 
 @dataclass
@@ -39,4 +39,4 @@ for _ in range(config.n_samples):
     idx = torch.tensor([prompt])
     ids = model.generate(idx, config.n_tokens, config.temperature, config.top_k or None, generator)[0, len(prompt) :].tolist()
     ids = ids[: ids.index(end)] if end in ids else ids
-    print(f"---\n{config.prompt}{encoding.decode(ids)}")
+    print(f"---\n{config.prompt}{decode(encoding, ids)}")

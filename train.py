@@ -1,13 +1,14 @@
-"""Pretrain a small Llama.
+"""Pretrain a small Llama, by next-token prediction interleaved with first-order MAML on few-shot tasks cut from the same text.
 
-    python train.py config/train_11m.py                        # the quick start: corpus, training, curve and a paragraph within ten minutes
-    python train.py config/train_11m.py --seed=1 --out_dir=out/11m-seed1
+    python train.py config/train_11m.py                        # the quick start: corpus, training, curves and a paragraph within ten minutes
+    python train.py config/train_11m.py --meta_ratio=0 --out_dir=out/11m-vanilla        # its baseline, on the same batches
     python train.py config/train_11m.py --resume=True          # after Ctrl-C, SIGTERM, kill -9 or a power cut
 
-A flat script: settings, system, data, model and optimizer, the loss, schedule, evaluation, saving, the loop.
+A flat script: settings, system, data, model and optimizer, the two losses, schedule, evaluation, saving, the loop. At each step a coin chooses one of
+the losses (Africa et al. 2025, https://arxiv.org/abs/2508.02189); the one where model, episodes and inner loop meet is `run_episodes`.
 
-Row r of the batch of step i is a pure function of (seed, i, r), and so is everything else that is drawn. Hence a resumed run is the run that was never
-stopped, bit for bit on a CPU, and evaluating more often changes nothing.
+Everything drawn is a pure function of (seed, stream, step). Hence a resumed run is the run that was never stopped, bit for bit on a CPU, evaluating
+more often changes nothing, and a language-model step i sees the same text in every run of a seed.
 """
 import contextlib
 import ctypes
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,10 +30,13 @@ import numpy as np
 import torch
 
 import configurator
+import maml
+import smlmt
 from model import Llama, ModelConfig
-from runs import checkpoints, fail, load_checkpoint, load_corpus, read_log, write_atomic
+from runs import checkpoints, decode, fail, load_checkpoint, load_corpus, read_json, read_log, write_atomic
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+started = time.perf_counter()
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -58,16 +63,33 @@ class Config:
     d_ff: int = 384  # hidden width of the SwiGLU
     block_size: int = 512  # tokens in a row
     # Optimization
-    batch_size: int = 64  # rows in an optimizer step, over all accumulation
+    batch_size: int = 64  # rows in a language-model step, over all accumulation
     micro_batch_size: int = 0  # rows in memory at once; 0 takes the whole batch
-    max_steps: int = 6000  # optimizer steps
-    lr: float = 3e-4  # peak learning rate of AdamW
+    max_steps: int = 6000  # optimizer steps of either kind
+    lr: float = 3e-4  # peak learning rate of AdamW, the outer loop
     warmup_steps: int = 2500  # steps from 0 to the peak
     schedule: str = "linear"  # after the warm-up: linear or cosine to zero at max_steps, or constant
     weight_decay: float = 0.1  # on matrices only
     grad_clip: float = 1.0  # largest norm of the gradient
-    # Objectives
-    meta_ratio: float = 0.0  # share of steps that are meta-learning steps; 0 is a plain language model
+    # Meta-learning: episodes
+    meta_ratio: float = 0.0  # share of steps that are meta steps; 0 is the vanilla baseline, the paper has 0.5
+    n_way: int = 16  # words to tell apart in an episode
+    k_shot: int = 4  # support windows a word
+    q_query: int = 4  # query windows a word
+    episodes_per_step: int = 1  # episodes in a meta step
+    micro_episodes: int = 0  # episodes in memory at once; 0 takes all of the step
+    episode_len: int = 64  # longest window in tokens; independent of block_size
+    readout: str = "before"  # features are read before the blank, at it (mask), or at the last token of the window
+    word_min_count: int = 20  # the band of words: least occurrences in the pool
+    word_max_count: int = 5000  # most occurrences in the pool
+    pool_tokens: int = 10_000_000  # text in memory for the episodes; refreshed every 1,000 steps where the corpus is larger
+    # Meta-learning: inner loop
+    inner_steps: int = 10  # gradient steps on the support set; 0 is the multi-task control
+    inner_lr: float = 10.0  # their learning rate, on features of length about 1
+    second_order: bool = False  # differentiate through the inner gradients
+    head_layers: int = 1  # linear layers in the head that adapts; the paper has 4
+    head_hidden: int = 128  # width of its hidden layers
+    shuffle_labels: bool = False  # control: permute support labels within the episode, so that support teaches nothing
     # Looking and saving
     eval_interval: int = 250  # steps between evaluations
     eval_steps: int = 16  # batches in an evaluation, evenly spaced over the validation text
@@ -76,29 +98,33 @@ class Config:
 
 
 def check(config):
-    """End the program with one line that names the setting, if a combination of settings makes no sense."""
-    positive = "d_model n_layers n_heads n_kv_heads d_ff block_size batch_size max_steps eval_interval eval_steps ckpt_interval log_interval".split()
-    for name in positive:
-        if getattr(config, name) < 1:
-            fail(f"{name} = {getattr(config, name)}: {name} must be at least 1")
-    for name in ("seed", "micro_batch_size", "warmup_steps"):
-        if getattr(config, name) < 0:
-            fail(f"{name} = {getattr(config, name)}: {name} must not be negative")
-    for name, choices in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16")), ("schedule", ("linear", "cosine", "constant"))):
-        if getattr(config, name) not in choices:
-            fail(f"{name} = {getattr(config, name)!r}: {name} is one of {', '.join(choices)}")
+    """End the program with one line that names the setting, if a value or a combination of settings makes no sense."""
+    least = {"n_way": 2, "episode_len": smlmt.MIN_WINDOW} | dict.fromkeys("seed micro_batch_size warmup_steps micro_episodes inner_steps".split(), 0)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and not least.get(field.name, 1) <= value < 2**63:
+            fail(f"{field.name} = {value}: {field.name} must be at least {least.get(field.name, 1)}")
+    choices = {"device": "auto cpu cuda", "dtype": "auto float32 bfloat16", "schedule": "linear cosine constant", "readout": "before mask last"}
+    for name, words in choices.items():
+        if getattr(config, name) not in words.split():
+            fail(f"{name} = {getattr(config, name)!r}: {name} is one of {', '.join(words.split())}")
     if not 0 < config.lr < 1:
         fail(f"lr = {config.lr}: lr must lie between 0 and 1 (3e-4 is the paper's)")
-    if not (0 <= config.weight_decay < math.inf and 0 < config.grad_clip):
-        fail(f"weight_decay = {config.weight_decay}, grad_clip = {config.grad_clip}: the first must not be negative, the second must be positive")
+    if not (0 <= config.weight_decay < math.inf and config.grad_clip > 0 and 0 < config.inner_lr < math.inf):
+        fail(f"weight_decay = {config.weight_decay}, grad_clip = {config.grad_clip}, inner_lr = {config.inner_lr}: the first must not be negative, "
+             "the others must be positive")
     if config.d_model % config.n_heads or config.d_model // config.n_heads % 2:
         fail(f"d_model = {config.d_model} must divide into n_heads = {config.n_heads} heads of an even width (rotary positions turn pairs)")
     if config.n_heads % config.n_kv_heads:
         fail(f"n_kv_heads = {config.n_kv_heads} must divide n_heads = {config.n_heads}: each key/value head serves equally many query heads")
     if config.micro_batch_size and config.batch_size % config.micro_batch_size:
         fail(f"micro_batch_size = {config.micro_batch_size} must divide batch_size = {config.batch_size}")
-    if config.meta_ratio != 0:
-        fail(f"meta_ratio = {config.meta_ratio}: only 0, the plain language model, is there so far")
+    if config.micro_episodes and config.episodes_per_step % config.micro_episodes:
+        fail(f"micro_episodes = {config.micro_episodes} must divide episodes_per_step = {config.episodes_per_step}")
+    if not 0 <= config.meta_ratio <= 1:
+        fail(f"meta_ratio = {config.meta_ratio}: a share lies between 0 and 1 (0 is the vanilla baseline)")
+    if config.meta_ratio == 0 and config.readout == "mask":
+        fail("readout = mask needs meta_ratio above 0: language-model steps never show <|mask|>, so a vanilla model is read at before or last")
 
 
 config, rest = configurator.load(Config, sys.argv[1:], __doc__)
@@ -110,7 +136,26 @@ check(config)
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
 # System
 
-started = time.perf_counter()
+stopped_by = None  # the signal that asks the loop to end
+
+
+def stop(signum, frame):
+    """First Ctrl-C or SIGTERM: the loop finishes its step, saves, and leaves. Second: leave at once; the last checkpoint stands."""
+    global stopped_by
+    stopped_by = signal.Signals(signum)
+    signal.signal(signum, signal.SIG_DFL)
+    os.write(1, f"\n{stopped_by.name}: saving after this step (once more to leave at once)\n".encode())  # print may not be called while printing
+
+
+def leave(signum, frame):
+    """Ctrl-C or SIGTERM before the loop: there is nothing to save."""
+    os.write(2, b"\nstopped before the first step; nothing was begun\n")
+    os._exit(128 + signum)
+
+
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, leave)
+
 if config.device == "cuda" and not torch.cuda.is_available():
     fail("device = cuda, but torch finds no CUDA GPU here; take --device=cpu, or install a CUDA build of torch")
 device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -120,8 +165,8 @@ if config.dtype != "auto":
 elif device.type == "cuda":
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 else:  # bfloat16 products are a gain only where the processor has instructions for them
-    features = torch.cpu.get_capabilities()
-    dtype = torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16") else torch.float32
+    has = torch.cpu.get_capabilities()
+    dtype = torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else torch.float32
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 if device.type == "cpu" and sys.platform == "linux":
@@ -132,22 +177,32 @@ if device.type == "cpu" and sys.platform == "linux":
 torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
 compiler = device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 note = "" if config.compile and compiler else ", not compiled" + ("" if compiler else " (no C++ compiler found)")
-print(f"system  {name}, {str(dtype).removeprefix('torch.')} products{note}")
+print(f"system  {where}, {str(dtype).removeprefix('torch.')} products{note}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
 # Data
+
+config_path, log_path = (os.path.join(config.out_dir, name) for name in ("config.json", "log.jsonl"))
+if config.resume and not os.path.exists(config_path):
+    fail(f"resume = True, but {config.out_dir} holds no run; check --out_dir, or leave --resume out to start one")
+if not config.resume and os.path.exists(config_path):
+    fail(f"{config.out_dir} already holds a run: go on with --resume=True, or take another --out_dir")
+try:
+    os.makedirs(config.out_dir, exist_ok=True)
+except OSError as error:
+    fail(f"cannot make the run folder {config.out_dir}: {error.strerror}; take another --out_dir")
 
 corpus_dir = os.path.join(config.data_dir, config.dataset)
 if not os.path.exists(os.path.join(corpus_dir, "meta.json")):
     prepare = [sys.executable, os.path.join(HERE, "data", "prepare.py"), config.dataset, f"--data_dir={config.data_dir}"]
     if config.dataset != "docstrings":
         fail(f"no corpus {corpus_dir}: prepare it with python data/prepare.py {config.dataset} --source=FILES, or take --dataset=docstrings")
-    print("data    building the default corpus, once")
-    if subprocess.run(prepare).returncode:
-        fail(f"could not build the default corpus; to see why, run {' '.join(prepare[1:])}")
+    print("data    building the default corpus, once", flush=True)
+    if code := subprocess.run(prepare).returncode:
+        sys.exit(code)  # it has said why
 corpus = load_corpus(corpus_dir)
 for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
     if len(tokens) <= config.block_size:
@@ -155,20 +210,60 @@ for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
 print(f"data    {config.dataset} {corpus.meta['corpus_hash']}: {len(corpus.train):,} training tokens, {len(corpus.val):,} for validation, "
       f"vocabulary {corpus.vocab_size:,}")
 
-LM_ROWS = 0  # streams of randomness: each has its own numbers, so that drawing from one never moves another
+LM_ROWS, COIN, EPISODES, POOL, SHUFFLE = range(5)  # streams of randomness: drawing from one never moves another
 
 
-def draw(stream, step):
-    """The generator of a stream at a step: a pure function of (seed, stream, step)."""
-    return np.random.default_rng((config.seed, stream, step))
+def draw(stream, *index):
+    """The random generator of a stream at an index (the step, say): a pure function of (seed, stream, index)."""
+    return np.random.default_rng((config.seed, stream, *index))
+
+
+def to_device(array):
+    """A numpy integer array as an int64 tensor on the device, copied while the GPU works on."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def rows(tokens, starts):
-    """Inputs and targets (B, T) int64 on the device: the T tokens from each start, and the same shifted by one."""
-    batch = np.stack([tokens[start : start + config.block_size + 1] for start in starts]).astype(np.int64)  # (B, T + 1)
-    batch = torch.from_numpy(batch)
-    batch = batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+    """Inputs and targets, each (B, T): the T tokens from each of the B starts, and the same shifted by one."""
+    batch = to_device(np.stack([tokens[start : start + config.block_size + 1] for start in starts]))  # (B, T + 1)
     return batch[:, :-1], batch[:, 1:]
+
+
+def sampler_of(tokens, seed):
+    """An episode sampler over a pool of text, with this run's settings. ValueError: the text cannot give such episodes."""
+    wanted = {name: getattr(config, name) for name in "n_way k_shot q_query episode_len readout word_min_count word_max_count".split()}
+    return smlmt.Sampler(tokens, corpus.token_bytes, eot=corpus.eot, mask=corpus.mask, seed=seed, **wanted)
+
+
+POOL_STEPS = 1000  # steps between two pools, where the corpus is larger than one
+sampler, sampler_number = None, None
+
+
+def training_episode(step, e):
+    """Episode e of a step. The pool of text behind it is a function of the step too; only a corpus larger than a pool has more than one."""
+    global sampler, sampler_number
+    number = 0 if len(corpus.train) <= config.pool_tokens else step // POOL_STEPS
+    if number != sampler_number:
+        text = smlmt.pool(corpus.train, config.pool_tokens, (config.seed, POOL), number, eot=corpus.eot)
+        sampler, sampler_number = sampler_of(text, (config.seed, EPISODES)), number
+    episode = sampler.episode((step, e))
+    if config.shuffle_labels:
+        episode = dataclasses.replace(episode, support_labels=draw(SHUFFLE, step, e).permutation(episode.support_labels))
+    return episode
+
+
+if config.meta_ratio > 0:
+    try:
+        training_episode(1, 0)
+    except ValueError as error:
+        fail(f"no episodes from {corpus_dir}: {error}")
+try:  # the same episodes for every run, seed and step: words of training and words that training never asks about
+    val_sampler = sampler_of(smlmt.pool(corpus.val, config.pool_tokens, 0, 0, eot=corpus.eot), 0)
+    val_sampler.episode(0, heldout=True)
+except ValueError as error:
+    val_sampler = None
+    print(f"data    no episodes in evaluations: {error}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -180,34 +275,89 @@ model = Llama(ModelConfig(**shape, vocab_size=corpus.vocab_size)).to(device)
 if config.compile and compiler:
     for block in model.blocks:  # the block, not the model: one compilation serves all layers, and training starts sooner
         block.compile()
-matrices = [p for p in model.parameters() if p.dim() >= 2]
-vectors = [p for p in model.parameters() if p.dim() < 2]
-groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+# The multi-task control cannot tell permuted labels apart without adapting: its head has an output for each id of the vocabulary.
+multi_task = config.inner_steps == 0
+n_out = corpus.vocab_size if multi_task else config.n_way
+head = maml.init_head(config.d_model, n_out, config.head_layers, config.head_hidden, torch.Generator().manual_seed(config.seed))
+head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
+parameters = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
+groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+          {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
 optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 print(f"model   {model.n_params():,} parameters: d {config.d_model}, {config.n_layers} layers, {config.n_heads} heads / {config.n_kv_heads} kv heads")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
-# The loss
+# The two losses. Each leaves its gradient in the parameters and returns what to log.
 
 
 def lm_step(step):
-    """Next-token prediction on the rows of this step. Leaves gradients in the parameters; returns what to log and what it cost."""
+    """Next-token prediction on the rows of this step."""
     starts = draw(LM_ROWS, step).integers(len(corpus.train) - config.block_size, size=config.batch_size)
     micro = config.micro_batch_size or config.batch_size
     total = 0.0
     for first in range(0, config.batch_size, micro):
         idx, targets = rows(corpus.train, starts[first : first + micro])
         with autocast:
-            loss = model(idx, targets)
-        (loss * micro / config.batch_size).backward()
-        total += loss.detach() * micro / config.batch_size
-    tokens = config.batch_size * config.block_size
-    return {"lm_loss": total.item()}, {"lm_tokens": tokens, "flops": tokens * model.flops_per_token(config.block_size, backward=True, unembedding=True)}
+            loss = model(idx, targets) * (micro / config.batch_size)
+        loss.backward()
+        total += loss.detach()
+    return {"lm_loss": total.item()}
+
+
+def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
+    """Mean query loss of E episodes after adaptation, and the numbers of each, (E,): the one place where model, episodes and inner loop meet.
+
+    At first order the support features need no graph: the head adapts on them as constants, and the backbone learns from the query alone.
+    """
+    field = {f.name: to_device(np.stack([getattr(e, f.name) for e in episodes])) for f in dataclasses.fields(smlmt.Episode)}  # (E, ...)
+
+    def features(tokens, positions):  # (E, M, L) tokens, read at (E, M) positions -> (E, M, C)
+        return model.features_at(tokens.flatten(0, 1), positions.flatten()).unflatten(0, positions.shape)
+
+    with autocast, contextlib.nullcontext() if config.second_order else torch.no_grad():
+        support = features(field["support"], field["support_pos"])
+    with autocast:
+        query = features(field["query"], field["query_pos"])
+    start = maml.columns(head, field["words"]) if columns else head
+    return maml.episode_loss(start, support, field["support_labels"], query, field["query_labels"],
+                             lr=config.inner_lr, steps=steps, first_order=not config.second_order)
+
+
+def meta_step(step):
+    """One outer step of MAML: the gradient of the query loss after adaptation, for the backbone and for the head's initial weights."""
+    episodes = [training_episode(step, e) for e in range(config.episodes_per_step)]
+    micro = config.micro_episodes or len(episodes)
+    parts = []
+    for first in range(0, len(episodes), micro):
+        loss, numbers = run_episodes(episodes[first : first + micro], head, columns=multi_task)
+        (loss * (micro / len(episodes))).backward()
+        parts.append(numbers)
+    return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]} | {
+        "far_share": float(np.mean([episode.far_share for episode in episodes]))}
+
+
+def cost_of(kind):
+    """Tokens and FLOPs of one step: the one place where the two kinds of step are accounted. Padding is computed on, so it counts."""
+    if kind == "lm":
+        tokens = config.batch_size * config.block_size
+        return {"lm_tokens": tokens, "flops": tokens * model.flops_per_token(config.block_size, backward=True, unembedding=True)}
+    windows = config.episodes_per_step * config.n_way  # for one shot
+    support, query = (windows * shots * config.episode_len for shots in (config.k_shot, config.q_query))
+    backbone = (support * model.flops_per_token(config.episode_len, backward=config.second_order, unembedding=False)
+                + query * model.flops_per_token(config.episode_len, backward=True, unembedding=False))
+    head_flops = 6 * sum(p.numel() for p in head.values()) / n_out * (n_out if not multi_task else config.n_way)
+    inner = windows * (config.k_shot * config.inner_steps + config.q_query) * head_flops
+    return {"support_tokens": support, "query_tokens": query, "episode_tokens": support + query, "flops": backbone + inner}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
 # Schedule
+
+
+def objective(step):
+    """"meta" with probability meta_ratio, else "lm"."""
+    return "meta" if draw(COIN, step).random() < config.meta_ratio else "lm"
 
 
 def lr_at(step):
@@ -219,22 +369,30 @@ def lr_at(step):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation, the same for every run: it draws nothing and changes nothing
 
 
 @torch.no_grad()
-def evaluate():
-    """Loss on rows spread evenly over the validation text, the same rows for every seed, step and run."""
-    model.eval()
+def evaluate(n_episodes):
+    """Loss on rows spread evenly over the validation text, and query accuracy on n_episodes of its words, seen and held out, from a fresh head."""
     n_rows = min(config.eval_steps * config.batch_size, len(corpus.val) // (config.block_size + 1))
     starts = np.linspace(0, len(corpus.val) - config.block_size - 1, n_rows).astype(np.int64)
     total = 0.0
     for chunk in np.array_split(starts, math.ceil(n_rows / (config.micro_batch_size or config.batch_size))):
         with autocast:
             total += model(*rows(corpus.val, chunk)).item() * len(chunk)
-    model.train()
-    loss = total / n_rows
-    return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * corpus.val_tokens_per_byte}
+    numbers = {"val_loss": total / n_rows, "val_bits_per_byte": total / n_rows / math.log(2) * corpus.val_tokens_per_byte}
+    if val_sampler is None:
+        return numbers
+    fresh = maml.init_head(config.d_model, config.n_way, config.head_layers, config.head_hidden)  # its last layer is zero
+    fresh = {name: p.to(device) if name.startswith(f"{maml.last_layer(fresh)}.") else head[name].detach() for name, p in fresh.items()}
+    for key, heldout in (("val_query_acc", False), ("heldout_query_acc", True)):
+        parts = [run_episodes([val_sampler.episode(e, heldout)], fresh, steps=config.inner_steps or 10)[1] for e in range(n_episodes)]
+        for name, suffix in (("query_acc", ""), ("query_acc_before", "_before")):
+            acc = torch.cat([part[name] for part in parts])  # (n_episodes,)
+            numbers[key + suffix] = acc.mean().item()
+        numbers[key + "_se"] = torch.cat([part["query_acc"] for part in parts]).std().item() / math.sqrt(n_episodes)
+    return numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -244,33 +402,50 @@ def evaluate():
 def save(step):
     """Write the checkpoint of a step whole or not at all, then take the optimizer out of the third newest: two are enough to go on from."""
     state = {
-        "model": model.state_dict(), "head": {}, "optimizer": optimizer.state_dict(), "scaler": {},
+        "model": model.state_dict(), "head": {name: p.detach() for name, p in head.items()}, "optimizer": optimizer.state_dict(), "scaler": {},
         "step": step, "progress": progress, "config": dataclasses.asdict(config) | {"vocab_size": corpus.vocab_size},
     }  # fmt: skip
     write_atomic(os.path.join(config.out_dir, f"ckpt_{step:06d}.pt"), lambda file: torch.save(state, file))
     for path in list(checkpoints(config.out_dir).values())[-3:-2]:
-        older = load_checkpoint(path)
-        if older["optimizer"]:
-            write_atomic(path, lambda file: torch.save(older | {"optimizer": {}, "scaler": {}}, file))
+        older = load_checkpoint(path) | {"optimizer": {}, "scaler": {}}
+        write_atomic(path, lambda file, older=older: torch.save(older, file))
 
 
 def plot():
-    """Draw loss.png from log.jsonl."""
+    """Draw curves.png from log.jsonl: loss of the language model above, query accuracy of the episodes below."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = read_log(config.out_dir)
-    train = np.array([(line["step"], line["lm_loss"]) for line in lines if line["kind"] == "lm"]).reshape(-1, 2)
-    val = np.array([(line["step"], line["val_loss"]) for line in lines if line["kind"] == "eval"]).reshape(-1, 2)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(*train.T, color="0.75", linewidth=0.8, label="training, each step")
-    axes.plot(*val.T, color="#0072b2", marker="o", markersize=4, label="validation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=f"{config.out_dir}: validation loss {val[-1, 1]:.3f} after {int(val[-1, 0]):,} steps")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    path = os.path.join(config.out_dir, "loss.png")
+    def curve(kind, name):  # (2, n): steps and values
+        return np.array([(line["step"], line[name]) for line in log_lines if line["kind"] == kind and name in line]).reshape(-1, 2).T
+
+    log_lines = read_log(config.out_dir)
+    val, heldout, meta = curve("eval", "val_loss"), curve("eval", "heldout_query_acc"), curve("meta", "query_acc")
+    figure, axes = plt.subplots(2 if heldout.size else 1, figsize=(8, 7 if heldout.size else 4), sharex=True, squeeze=False, layout="constrained")
+    top, bottom = axes[0, 0], axes[-1, 0]
+    top.plot(*curve("lm", "lm_loss"), color="0.75", linewidth=0.8, label="training, each step")
+    top.plot(*val, color="#0072b2", marker="o", markersize=4, label="validation")
+    top.set(ylabel="LM loss (nats per token)", title=f"{config.out_dir}: validation loss {val[1, -1]:.3f} after {int(val[0, -1]):,} steps")
+    top.legend(frameon=False)
+    if heldout.size:
+        smooth = min(25, meta.shape[1])
+        if smooth:
+            for name, color in (("query_acc", "#e69f00"), ("query_acc_before", "#999999")):
+                acc = np.convolve(curve("meta", name)[1], np.ones(smooth) / smooth, "valid")
+                label = f"training words, {'after' if name == 'query_acc' else 'before'} adaptation (mean of {smooth} steps)"
+                bottom.plot(meta[0, smooth - 1 :], acc, color=color, linewidth=0.9, label=label)
+        bottom.errorbar(*heldout, yerr=curve("eval", "heldout_query_acc_se")[1], color="#d55e00", marker="o", markersize=4, capsize=2,
+                        label="held-out words, after adaptation (± s.e.)")
+        bottom.plot(*curve("eval", "heldout_query_acc_before"), color="#d55e00", linestyle=":", label="held-out words, before")
+        bottom.axhline(1 / config.n_way, color="black", linewidth=0.8, linestyle="--", label=f"chance, 1/{config.n_way}")
+        bottom.set(ylabel=f"query accuracy ({config.n_way}-way, {config.k_shot}-shot)", ylim=(0, None))
+        bottom.legend(frameon=False, fontsize="small")
+    bottom.set(xlabel="optimizer step")
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+    path = os.path.join(config.out_dir, "curves.png")
     write_atomic(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     return path
 
@@ -278,40 +453,38 @@ def plot():
 def git_commit():
     """The commit of this code, with a + where files differ from it; empty outside a git checkout."""
     try:
-        text = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=HERE, capture_output=True, text=True, timeout=10)
-        return text.stdout.strip()
+        done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=HERE, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
 
-config_path = os.path.join(config.out_dir, "config.json")
-log_path = os.path.join(config.out_dir, "log.jsonl")
-step, progress = 0, {"lm_tokens": 0, "episode_tokens": 0, "flops": 0.0, "seconds": 0.0}
-if os.path.exists(config_path) and not config.resume:
-    fail(f"{config.out_dir} already holds a run: go on with --resume=True, or take another --out_dir")
+step, progress = 0, dict.fromkeys("lm_tokens episode_tokens support_tokens query_tokens flops seconds".split(), 0)
 if config.resume:
-    if not os.path.exists(config_path):
-        fail(f"resume = True, but {config.out_dir} holds no run; check --out_dir, or leave --resume out to start one")
+    begun = read_json(config_path)
+    for key, now in (shape | {"seed": config.seed, "batch_size": config.batch_size, "corpus_hash": corpus.meta["corpus_hash"]}).items():
+        if begun.get(key) != now:
+            fail(f"cannot resume {config.out_dir} with {key} = {now}: the run was begun with {key} = {begun.get(key)}")
     found = checkpoints(config.out_dir)
     if found:
         checkpoint = load_checkpoint(found[max(found)], device)
-        for key in [*shape, "seed", "batch_size"]:
-            was, now = checkpoint["config"][key], getattr(config, key)
-            if was != now:
-                fail(f"cannot resume {config.out_dir} with {key} = {now}: the run was begun with {key} = {was}")
-        if checkpoint["config"]["vocab_size"] != corpus.vocab_size:
-            fail(f"cannot resume {config.out_dir} on this corpus: its vocabulary is {corpus.vocab_size}, the run's was {checkpoint['config']['vocab_size']}")
+        if checkpoint["step"] > config.max_steps:
+            fail(f"max_steps = {config.max_steps}, but {config.out_dir} is at step {checkpoint['step']} already: raise max_steps")
+        if not checkpoint["optimizer"]:
+            fail(f"{found[max(found)]} has no optimizer any more (only the newest two keep it): it can be evaluated but not gone on from")
         model.load_state_dict(checkpoint["model"])
+        with torch.no_grad():
+            for name, p in head.items():
+                p.copy_(checkpoint["head"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, progress = checkpoint["step"], checkpoint["progress"]
         if checkpoint["config"]["max_steps"] != config.max_steps:
-            print(f"resume  max_steps was {checkpoint['config']['max_steps']} and is now {config.max_steps}: from here on the learning rate follows the "
-                  f"{config.schedule} schedule of {config.max_steps} steps, {lr_at(step + 1):.2e} at the next step")
+            print(f"resume  max_steps was {checkpoint['config']['max_steps']} and is now {config.max_steps}: from here on the learning rate follows "
+                  f"the {config.schedule} schedule of {config.max_steps} steps, {lr_at(step + 1):.2e} at the next step")
     kept = read_log(config.out_dir, up_to=step if found else -1)  # what was logged after the checkpoint is done again
     write_atomic(log_path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
     print(f"resume  {config.out_dir} after step {step}")
 
-os.makedirs(config.out_dir, exist_ok=True)
 for name in ("tokenizer.tiktoken", "meta.json"):
     shutil.copyfile(os.path.join(corpus_dir, name), os.path.join(config.out_dir, name))
 made = {
@@ -324,7 +497,7 @@ log_file = open(log_path, "a", encoding="utf8")
 
 
 def log(line):
-    """One object a line, on the disk before the next step begins."""
+    """One object a line, handed to the system before the next step begins."""
     log_file.write(json.dumps(line) + "\n")
     log_file.flush()
 
@@ -332,83 +505,88 @@ def log(line):
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
 # The loop
 
-stopped_by = None
-
-
-def stop(signum, frame):
-    """First Ctrl-C or SIGTERM: finish the step, save, leave. Second: leave at once; the last checkpoint stands."""
-    global stopped_by
-    stopped_by = signal.Signals(signum)
-    signal.signal(signum, signal.SIG_DFL)
-    print(f"\n{stopped_by.name}: saving after this step (once more to leave at once)", flush=True)
-
 
 def look():
-    """Evaluate, print and log."""
-    numbers = evaluate()
+    """Evaluate, log and print. The last evaluation takes more episodes, for a smaller standard error."""
+    numbers = evaluate(n_episodes=64 if step == config.max_steps else 8)
+    tick()
     log({"step": step, "kind": "eval", **numbers, **progress})
-    print(f"eval {step:6d}/{config.max_steps}  val_loss {numbers['val_loss']:.4f}  bits/byte {numbers['val_bits_per_byte']:.4f}", flush=True)
+    shown = f"val_loss {numbers['val_loss']:.4f}  bits/byte {numbers['val_bits_per_byte']:.4f}"
+    for key in ("heldout_query_acc", "val_query_acc"):
+        shown += f"  {key} {numbers[key]:.3f}±{numbers[key + '_se']:.3f}" if key in numbers else ""
+    print(f"eval {step:6d}/{config.max_steps}  {shown}", flush=True)
     return numbers
 
 
-signal.signal(signal.SIGINT, stop)
-signal.signal(signal.SIGTERM, stop)
-model.train()
-clock = time.perf_counter()  # since the last reading; progress["seconds"] adds up over interruptions
-first_step, eta_clock = step, None
-if step == 0:
-    look()
+def tick():
+    """Seconds since the last tick; progress["seconds"] adds them up, over interruptions too."""
+    global clock
+    now = time.perf_counter()
+    seconds, clock = now - clock, now
+    progress["seconds"] += seconds
+    return seconds
+
+
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, stop)
+clock = time.perf_counter()
+first_step, steady = step, None  # the first step compiles and says nothing about how long the others take
+numbers = look() if step in (0, config.max_steps) else None
 while step < config.max_steps and not stopped_by:
     # ------------------------------------------------------------------------------------------------------------------------------------------------
     step += 1
+    kind, lr = objective(step), lr_at(step)
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(step)
-    numbers, cost = lm_step(step)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-    if not math.isfinite(numbers["lm_loss"] + norm):
-        log_file.close()
+        group["lr"] = lr
+    tick()
+    line = lm_step(step) if kind == "lm" else meta_step(step)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
+    loss = line["lm_loss"] if kind == "lm" else line["meta_loss"]
+    if not math.isfinite(loss + norm):
         last = max(checkpoints(config.out_dir), default=None)
-        fail(f"step {step}: loss {numbers['lm_loss']}, gradient norm {norm}. Nothing of this step was saved; the last checkpoint is "
+        fail(f"step {step}: loss {loss}, gradient norm {norm}. Nothing of this step was saved; the last checkpoint is "
              f"{'none' if last is None else f'of step {last}'}. Try a lower lr or a longer warm-up", code=1)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    seconds = tick()
     # ------------------------------------------------------------------------------------------------------------------------------------------------
-    now = time.perf_counter()
-    seconds, clock = now - clock, now
+    cost = cost_of(kind)
     for key, value in cost.items():
         progress[key] += value
-    progress["seconds"] += seconds
-    line = {"step": step, "kind": "lm", **numbers, "lr": lr_at(step), "grad_norm": norm, **progress, "tokens_per_second": cost["lm_tokens"] / seconds}
-    log(line)
-    if eta_clock is None:  # the first step compiles and says nothing about the others
-        eta_clock = now
-    left = (now - eta_clock) / max(1, step - first_step - 1) * (config.max_steps - step)
+    speed = (cost.get("lm_tokens", 0) + cost.get("episode_tokens", 0)) / seconds
+    log({"step": step, "kind": kind, **line, "lr": lr, "grad_norm": norm, **progress, "tokens_per_second": speed})
+    steady = steady or time.perf_counter()
+    left = (time.perf_counter() - steady) / max(1, step - first_step - 1) * (config.max_steps - step)
     if step % config.log_interval == 0 or step == config.max_steps:
-        print(f"step {step:6d}/{config.max_steps}  lm_loss {numbers['lm_loss']:.4f}  lr {lr_at(step):.2e}  norm {norm:.2f}  "
-              f"{line['tokens_per_second'] / 1e3:.1f}k tok/s  left {int(left // 60)}m{int(left % 60):02d}s", flush=True)
-    last_step = step == config.max_steps
-    if step % config.eval_interval == 0 or last_step:
-        look()
-    if step % config.ckpt_interval == 0 or last_step or stopped_by:
+        shown = f"lm_loss {loss:.4f}" if kind == "lm" else f"meta_loss {loss:.4f}  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
+        print(f"step {step:6d}/{config.max_steps}  {shown}  lr {lr:.2e}  norm {norm:.2f}  {speed / 1e3:.1f}k tok/s  "
+              f"left {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
+    if step % config.eval_interval == 0 or step == config.max_steps:
+        numbers = look()
+    if step % config.ckpt_interval == 0 or step == config.max_steps or stopped_by:
         save(step)
 
 if stopped_by and step < config.max_steps:
-    print(f"stopped after step {step}, saved. To go on: python train.py {' '.join(sys.argv[1:])}" + (" --resume=True" if not config.resume else ""))
+    words = [*sys.argv[1:]] + ([] if config.resume else ["--resume=True"])
+    print(f"stopped after step {step}. To go on: python train.py {shlex.join(words)}")
     sys.exit(128 + stopped_by)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
 # What came of it
 
-final = [line for line in read_log(config.out_dir) if line["kind"] == "eval"][-1]
 generator = torch.Generator(device).manual_seed(config.seed)
 with autocast:
-    ids = model.eval().generate(torch.tensor([[corpus.eot]], device=device), 160, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
-text = corpus.encoding.decode(ids[: ids.index(corpus.eot)] if corpus.eot in ids else ids)
-print(f"\n{text.strip()}\n")
-print(f"result  val_loss {final['val_loss']:.4f}, {final['val_bits_per_byte']:.4f} bits per byte, after {step:,} steps, {progress['lm_tokens']:,} tokens, "
-      f"{progress['flops']:.2e} FLOPs, {time.perf_counter() - started:.0f} s")
+    ids = model.generate(torch.tensor([[corpus.eot]], device=device), 160, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
+print(f"\n{decode(corpus.encoding, ids[: ids.index(corpus.eot)] if corpus.eot in ids else ids).strip()}\n")
+print(f"result  val_loss {numbers['val_loss']:.4f}, {numbers['val_bits_per_byte']:.4f} bits per byte, after {step:,} steps, "
+      f"{progress['lm_tokens']:,} LM tokens, {progress['episode_tokens']:,} episode tokens, {progress['flops']:.2e} FLOPs, "
+      f"{time.perf_counter() - started:.0f} s")
+if "heldout_query_acc" in numbers:
+    print(f"result  held-out words: query accuracy {numbers['heldout_query_acc']:.3f} ± {numbers['heldout_query_acc_se']:.3f} after adaptation, "
+          f"{numbers['heldout_query_acc_before']:.3f} before, chance {1 / config.n_way:.3f}")
 if config.expected:
-    same = corpus.meta["corpus_hash"] in config.expected
-    print(f"expect  {config.expected}" + ("" if same else f"; this corpus is {corpus.meta['corpus_hash']} (other package versions), so expect a slightly other number"))
-print(f"curve   {plot()}\nrun     {config.out_dir}")
+    corpus_hash = corpus.meta["corpus_hash"]
+    other = "" if corpus_hash in config.expected else f"; this corpus is {corpus_hash} (other package versions), so expect a slightly other number"
+    print(f"expect  {config.expected}{other}")
+print(f"curves  {plot()}\nrun     {config.out_dir}")

@@ -1,5 +1,5 @@
-"""The 11M model: 96 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 384. With a vocabulary of 50,304 it has 11,282,784 parameters, with the
-4,096 of the default corpus 2,410,848.
+"""The 11M model: 96 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 384. It has 11,282,784 parameters with a vocabulary of 50,304 and
+2,410,848 with the 4,096 of the default corpus.
 
 On a GPU this is the paper's recipe (Africa et al. 2025); without one, the same model in a version that a laptop finishes within ten minutes.
 """
@@ -20,7 +20,8 @@ if torch.cuda.is_available():
     else:
         dataset = "docstrings"
         max_steps, warmup_steps, lr = 600, 100, 2e-3  # 5 million tokens are too few for 6,000 steps: 16 times over them
-        print("config  corpus docstrings, a small one, with steps to match; to prepare a large one: python data/prepare.py large --source=FILES --vocab_size=50304")
+        print("config  corpus docstrings, a small one, with steps to match; to prepare a large one: "
+              "python data/prepare.py large --source=FILES --vocab_size=50304")
 else:
     dataset = "docstrings"  # English of documentation strings, about 5 million tokens, built on the spot
     batch_size, block_size = 16, 128  # 2,048 tokens a step: at this size many small steps learn more a minute than few large ones
