@@ -9,11 +9,14 @@ import torch
 
 d_model, n_layers, n_heads, n_kv_heads, d_ff = 96, 12, 12, 4, 384
 out_dir = "out/11m"
+meta_ratio = 0.5  # half of the steps are meta steps; 0 is the vanilla baseline
 
 _large = pathlib.Path(__file__).parents[1] / "data" / "large" / "meta.json"
 if torch.cuda.is_available():
     max_steps, lr, warmup_steps = 6000, 3e-4, 2500  # the paper's
     batch_size, block_size, micro_batch_size = 256, 512, 64  # what its run most likely used: 131,072 tokens a step, 0.8 billion in all
+    n_way, k_shot, inner_steps = 32, 4, 10  # the paper's
+    episodes_per_step, episode_len = 16, 128  # 131,072 tokens of support and 131,072 of query
     if _large.exists():
         dataset = "large"
         print("config  corpus data/large")
@@ -25,5 +28,6 @@ if torch.cuda.is_available():
 else:
     dataset = "docstrings"  # English of documentation strings, about 5 million tokens, built on the spot
     batch_size, block_size = 16, 128  # 2,048 tokens a step: at this size many small steps learn more a minute than few large ones
-    max_steps, lr, warmup_steps = 1500, 3e-3, 100  # 3 million tokens; few steps need a larger lr, and small models bear it
-    eval_interval, eval_steps, ckpt_interval = 250, 16, 500
+    episode_len = 32  # a small model reads little further back: 64 cost twice as much and gained nothing
+    max_steps, lr, warmup_steps = 1500, 3e-3, 100  # few steps need a larger lr than the paper's 3e-4, and small models bear it
+    eval_interval, ckpt_interval, eval_steps = 250, 500, 16
