@@ -28,6 +28,6 @@ if torch.cuda.is_available():
 else:
     dataset = "docstrings"  # English of documentation strings, about 5 million tokens, built on the spot
     batch_size, block_size = 16, 128  # 2,048 tokens a step: at this size many small steps learn more a minute than few large ones
-    episode_len = 32  # a small model reads little further back: 64 cost twice as much and gained nothing
-    max_steps, lr, warmup_steps = 1500, 3e-3, 100  # few steps need a larger lr than the paper's 3e-4, and small models bear it
+    episodes_per_step, episode_len = 4, 16  # 4,096 tokens of support and of query: many short windows taught more than few long ones (LOG.md)
+    max_steps, lr, warmup_steps = 1200, 3e-3, 100  # few steps need a larger lr than the paper's 3e-4, and small models bear it
     eval_interval, ckpt_interval, eval_steps = 250, 500, 16
