@@ -346,8 +346,8 @@ def cost_of(kind):
     support, query = (windows * shots * config.episode_len for shots in (config.k_shot, config.q_query))
     backbone = (support * model.flops_per_token(config.episode_len, backward=config.second_order, unembedding=False)
                 + query * model.flops_per_token(config.episode_len, backward=True, unembedding=False))
-    head_flops = 6 * sum(p.numel() for p in head.values()) / n_out * (n_out if not multi_task else config.n_way)
-    inner = windows * (config.k_shot * config.inner_steps + config.q_query) * head_flops
+    adapting = sum(p.numel() for p in maml.init_head(config.d_model, config.n_way, config.head_layers, config.head_hidden).values())
+    inner = windows * (config.k_shot * config.inner_steps + config.q_query) * 6 * adapting
     return {"support_tokens": support, "query_tokens": query, "episode_tokens": support + query, "flops": backbone + inner}
 
 
@@ -459,11 +459,14 @@ def git_commit():
         return ""
 
 
+# What a resumed run may do otherwise; a change of anything else would make it another run under the same name.
+MAY_CHANGE = {"out_dir", "data_dir", "device", "dtype", "compile", "resume", "expected", "micro_batch_size", "micro_episodes", "max_steps", "lr",
+              "eval_interval", "eval_steps", "ckpt_interval", "log_interval"}  # fmt: skip
 step, progress = 0, dict.fromkeys("lm_tokens episode_tokens support_tokens query_tokens flops seconds".split(), 0)
 if config.resume:
     begun = read_json(config_path)
-    for key, now in (shape | {"seed": config.seed, "batch_size": config.batch_size, "corpus_hash": corpus.meta["corpus_hash"]}).items():
-        if begun.get(key) != now:
+    for key, now in (dataclasses.asdict(config) | {"corpus_hash": corpus.meta["corpus_hash"]}).items():
+        if key not in MAY_CHANGE and begun.get(key) != now:
             fail(f"cannot resume {config.out_dir} with {key} = {now}: the run was begun with {key} = {begun.get(key)}")
     found = checkpoints(config.out_dir)
     if found:
