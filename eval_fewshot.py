@@ -63,11 +63,11 @@ def adapted_accuracy(model, head, episode):
     return numbers["query_acc"].item()
 
 
-def fresh_head(model, learnt):
-    """A head whose last layer is zero; its hidden layers are the run's, where it has any."""
-    head = maml.init_head(model.config.d_model, settings["n_way"], settings["head_layers"], settings["head_hidden"])
+def fresh_head(model, trained, learnt=None):
+    """A head whose last layer is zero, of the depth in the settings `trained`; its hidden layers are the learnt ones, where there are any."""
+    head = maml.init_head(model.config.d_model, settings["n_way"], trained["head_layers"], trained["head_hidden"])
     last = f"{maml.last_layer(head)}."
-    return {name: p if name.startswith(last) or name not in learnt else learnt[name] for name, p in head.items()}
+    return {name: p if name.startswith(last) or learnt is None else learnt[name] for name, p in head.items()}
 
 
 def bigram_vectors():
@@ -100,9 +100,9 @@ torch.manual_seed(config.seed)
 random_model = Llama(models[folders[0]][0].config).eval()
 vectors = bigram_vectors() if corpus.vocab_size <= 8192 else None  # a V x V table
 rows = {} if vectors is None else {"bigram prototypes": lambda e: prototype_accuracy(vectors, e)}
-rows["random weights"] = lambda e: adapted_accuracy(random_model, fresh_head(random_model, {}), e)
+rows["random weights"] = lambda e: adapted_accuracy(random_model, fresh_head(random_model, settings), e)
 for folder, (model, checkpoint) in models.items():
-    head = fresh_head(model, checkpoint["head"])
+    head = fresh_head(model, checkpoint["config"], checkpoint["head"])
     rows[f"{folder}, step {checkpoint['step']}"] = lambda e, model=model, head=head: adapted_accuracy(model, head, e)
 
 width = max(map(len, rows))
