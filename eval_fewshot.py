@@ -1,6 +1,6 @@
 """Can a model learn words that its training never asked about? Few-shot accuracy of runs, beside what needs no training.
 
-    python eval_fewshot.py out/11m out/11m-vanilla --n_episodes=256
+    python eval_fewshot.py out/11m out/11m-vanilla
 
 Each run adapts a fresh head to the support windows of an episode, with the `adapt` of training, and is graded on the query windows. The episodes are
 cut from the validation text: on held-out words, which no training episode used, and on the others. All runs get the same episodes, by the settings of
@@ -24,7 +24,7 @@ from runs import fail, load_corpus, load_model, write_atomic
 @dataclass
 class Config:
     data_dir: str = ""  # where the corpora are; empty takes the first run's
-    n_episodes: int = 256  # episodes of each kind
+    n_episodes: int = 64  # episodes of each kind; 64 are those that training ends with
     step: int = -1  # of the checkpoints; -1 takes the newest
     seed: int = 0  # of the episodes and of the random weights; training's own evaluations use 0
 
