@@ -273,8 +273,9 @@ torch.manual_seed(config.seed)
 shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig) if hasattr(config, field.name)}
 model = Llama(ModelConfig(**shape, vocab_size=corpus.vocab_size)).to(device)
 if config.compile and compiler:
+    torch._dynamo.config.recompile_limit = 32  # one for each shape and mode
     for block in model.blocks:  # the block, not the model: one compilation serves all layers, and training starts sooner
-        block.compile()
+        block.compile(dynamic=False)  # a kernel for each shape, whichever comes first: a resumed run meets them in another order
 # The multi-task control cannot tell permuted labels apart without adapting: its head has an output for each id of the vocabulary.
 multi_task = config.inner_steps == 0
 n_out = corpus.vocab_size if multi_task else config.n_way
@@ -579,7 +580,7 @@ if stopped_by and step < config.max_steps:
 # What came of it
 
 generator = torch.Generator(device).manual_seed(config.seed)
-with autocast:
+with autocast, torch.compiler.set_stance("force_eager"):  # a text grows by a token a time: not worth a kernel for each length
     ids = model.generate(torch.tensor([[corpus.eot]], device=device), 160, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
 print(f"\n{decode(corpus.encoding, ids[: ids.index(corpus.eot)] if corpus.eot in ids else ids).strip()}\n")
 print(f"result  val_loss {numbers['val_loss']:.4f}, {numbers['val_bits_per_byte']:.4f} bits per byte, after {step:,} steps, "

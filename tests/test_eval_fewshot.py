@@ -58,7 +58,7 @@ MISTAKES = {  # the words, and what the one line says; {here} is the folder of t
 
 CASES = {  # the words of the good ones; each has a first folder of its own, where the numbers are written
     "three runs": ["{here}/maml", "{here}/vanilla", "{here}/deep head", "--n_episodes=64"],
-    "again": ["{here}/maml again", "--n_episodes=64"],
+    "again": ["{here}/maml again"],  # 64 episodes are the default
     "earlier": ["{here}/maml earlier", "--n_episodes=8", "--step=10", "--seed=3"],
     "other heads": ["{here}/deep head", "{here}/maml", "--n_episodes=64"],
     "fixed outputs": ["{here}/fixed outputs", "--n_episodes=64"],

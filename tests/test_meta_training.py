@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -297,12 +298,6 @@ def test_every_run_of_a_seed_sees_the_same_text_at_the_same_step(runs):
     assert {(line["step"], 0) for line in log_of(here / "still 0.3", "meta")} <= mixed.keys()
 
 
-def heldout(word):
-    from zlib import crc32
-
-    return crc32(word.encode("utf-8")) % 10 == 0
-
-
 def test_heldout_words_are_never_trained_on(runs, data_dir):
     token_bytes, words = load_corpus(str(data_dir / "docstrings")).token_bytes, {}
     training, looks = drawn(runs[0], "still 1")
@@ -311,7 +306,14 @@ def test_heldout_words_are_never_trained_on(runs, data_dir):
     }.items():  # fmt: skip
         words[use] = {token_bytes[i].decode().strip().casefold() for episode in episodes for i in episode["words"]}
         assert len(words[use]) > 10
-    assert not any(map(heldout, words["training"] | words["seen"])) and all(map(heldout, words["held out"]))
+    heldout = {word for word in set().union(*words.values()) if zlib.crc32(word.encode("utf-8")) % 10 == 0}
+    assert words["held out"] <= heldout and not heldout & (words["training"] | words["seen"])
+
+
+def test_training_and_evaluations_read_their_own_split(runs, data_dir):
+    crc = {name: zlib.crc32((data_dir / "docstrings" / f"{name}.bin").read_bytes()) for name in ("train", "val")}
+    calls = torch.load(runs[0] / "still 1.pt", weights_only=False)[0]
+    assert {(isinstance(index, tuple), crc) for index, _, _, crc, _ in calls} == {(True, crc["train"]), (False, crc["val"])}
 
 
 def test_pool_is_refreshed_and_resumed(pools):
@@ -397,15 +399,16 @@ def test_evaluation_is_that_of_a_fresh_head_adapted_by_hand(runs, name, step, n,
     widths = {"weight": (n_way, state["head"][f"{last}.weight"].shape[1]), "bias": (n_way,)}
     state["head"] |= {f"{last}.{key}": torch.zeros(shape) for key, shape in widths.items()}
     line = next(line for line in looks if line["step"] == step)
-    calls, latest = drawn(here, name)[1][1:], {}  # the first only asked whether there are any
-    done = 2 * 8 * len([look for look in looks if look["step"] < step])  # before this one
-    assert [(index, held) for index, held, _, _, _ in calls[done : done + 2 * n]] == [(e, held) for held in (False, True) for e in range(n)]
+    first = 1 + 2 * 8 * len([look for look in looks if look["step"] < step])  # after a call that asks whether there are any, and earlier evaluations
+    calls = drawn(here, name)[1][first : first + 2 * n]
+    assert [(index, held) for index, held, _, _, _ in calls] == [(e, held) for held in (False, True) for e in range(n)]
     for held, key in ((False, "val_query_acc"), (True, "heldout_query_acc")):
-        latest[key] = [episode for _, kind, _, _, episode in calls[done : done + 2 * n] if kind == held]
-        _, numbers = by_hand(state, latest[key], **({"lr": INNER_LR, "steps": INNER_STEPS} | inner))
+        episodes = [episode for _, kind, _, _, episode in calls if kind == held]
+        _, numbers = by_hand(state, episodes, **({"lr": INNER_LR, "steps": INNER_STEPS} | inner))
+        answer = 1 / (n * len(episodes[0]["query_labels"]))  # what one answer weighs; one may turn on a rounding error
         assert line[f"{key}_before"] == pytest.approx(1 / n_way, abs=1e-6) == pytest.approx(numbers["query_acc_before"].mean())
-        assert line[key] == pytest.approx(numbers["query_acc"].mean(), abs=0.003)  # an answer of one query may turn on a rounding error
-        assert line[f"{key}_se"] == pytest.approx(numbers["query_acc"].std(ddof=1) / n**0.5, abs=0.003)
+        assert line[key] == pytest.approx(numbers["query_acc"].mean(), abs=1.1 * answer)
+        assert line[f"{key}_se"] == pytest.approx(numbers["query_acc"].std(ddof=1) / n**0.5, abs=answer)
 
 
 def test_evaluations_are_the_same_for_every_run(runs):
