@@ -18,7 +18,7 @@ import configurator
 import maml
 import smlmt
 from model import Llama
-from runs import fail, load_corpus, load_model, write_atomic
+from runs import fail, load_corpus, load_model, read_json, write_atomic
 
 
 @dataclass
@@ -39,12 +39,14 @@ if config.n_episodes < 2 or config.seed < 0:
 models = {folder: load_model(folder, None if config.step == -1 else config.step)[::2] for folder in folders}  # folder -> (model, checkpoint)
 settings = models[folders[0]][1]["config"]
 corpus = load_corpus(os.path.join(config.data_dir or settings["data_dir"], settings["dataset"]))
-for folder, (_, checkpoint) in models.items():
-    if checkpoint["config"]["vocab_size"] != corpus.vocab_size:
-        fail(f"{folder} has another vocabulary size than the corpus of {folders[0]}: compare runs of one corpus")
+for folder in folders:
+    trained_on = read_json(os.path.join(folder, "meta.json"))["corpus_hash"]
+    if trained_on != corpus.meta["corpus_hash"]:
+        fail(f"{folder} was trained on corpus {trained_on}, not on {corpus.meta['corpus_hash']}: compare runs of one corpus, with that corpus")
 wanted = {name: settings[name] for name in "n_way k_shot q_query episode_len readout word_min_count word_max_count".split()}
 try:
-    sampler = smlmt.Sampler(np.array(corpus.val), corpus.token_bytes, eot=corpus.eot, mask=corpus.mask, seed=config.seed, **wanted)
+    text = smlmt.pool(corpus.val, settings["pool_tokens"], 0, 0, eot=corpus.eot)  # as in training's evaluations, if seed is 0
+    sampler = smlmt.Sampler(text, corpus.token_bytes, eot=corpus.eot, mask=corpus.mask, seed=config.seed, **wanted)
     episodes = {kind: [sampler.episode(e, heldout=kind == "held-out") for e in range(config.n_episodes)] for kind in ("held-out", "seen")}
 except ValueError as error:
     fail(f"no episodes from {corpus.meta['name']}: {error}")

@@ -118,16 +118,21 @@ def _sha256(path):
 
 def checkpoints(out_dir):
     """The steps of the checkpoints in a run folder, ascending, each with its path: {600: "out/11m/ckpt_000600.pt", ...}."""
-    names = sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else []
-    return {int(m[1]): os.path.join(out_dir, m[0]) for m in (re.fullmatch(r"ckpt_(\d{6,})\.pt", name) for name in names) if m}
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    steps = {int(m[1]): os.path.join(out_dir, m[0]) for m in (re.fullmatch(r"ckpt_(\d{6,})\.pt", name) for name in names) if m}
+    return dict(sorted(steps.items()))
 
 
 def load_checkpoint(path, map_location="cpu"):
     """The dict of tensors and plain values that a checkpoint holds. Never runs code from the file; a damaged file ends the program."""
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        lacking = {"model", "head", "optimizer", "step", "progress", "config"} - set(checkpoint)
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        return checkpoint
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"cannot read the checkpoint {path} ({reason}): it is cut short, damaged or not a checkpoint; delete it to use the one before")
 
 

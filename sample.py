@@ -27,8 +27,10 @@ class Config:
 config, rest = configurator.load(Config, sys.argv[1:], __doc__)
 if len(rest) != 1 or not os.path.isdir(rest[0]):
     fail(f"name one run folder: python sample.py out/<run> ({'nothing given' if not rest else ' '.join(rest) + ' is none'})")
-if config.n_samples < 1 or config.n_tokens < 1 or config.temperature < 0 or config.top_k < 0 or config.seed < 0:
-    fail("n_samples and n_tokens must be at least 1; temperature, top_k and seed must not be negative")
+if config.n_samples < 1 or config.n_tokens < 1 or config.top_k < 0 or not 0 <= config.seed < 2**63:
+    fail("n_samples and n_tokens must be at least 1; top_k and seed must not be negative")
+if not (config.temperature == 0 or 1e-3 <= config.temperature < 1e6):
+    fail(f"temperature = {config.temperature}: 0 takes the likeliest token, else it lies between 0.001 and 1,000,000")
 
 model, encoding, checkpoint = load_model(rest[0], None if config.step == -1 else config.step)
 end = encoding.encode_single_token("<|endoftext|>")

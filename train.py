@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 
@@ -137,6 +138,15 @@ check(config)
 # System
 
 stopped_by = None  # the signal that asks the loop to end
+builder = None  # the process that prepares the default corpus
+
+
+def say(text):
+    """Print at once, or go on in silence: a reader that went away (`| head`, Ctrl-C on `| tee`) must not end a run."""
+    try:
+        os.write(1, f"{text}\n".encode())  # print may not be called while printing, as a signal handler might
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def stop(signum, frame):
@@ -144,12 +154,15 @@ def stop(signum, frame):
     global stopped_by
     stopped_by = signal.Signals(signum)
     signal.signal(signum, signal.SIG_DFL)
-    os.write(1, f"\n{stopped_by.name}: saving after this step (once more to leave at once)\n".encode())  # print may not be called while printing
+    say(f"\n{stopped_by.name}: saving after this step (once more to leave at once)")
 
 
 def leave(signum, frame):
     """Ctrl-C or SIGTERM before the loop: there is nothing to save."""
-    os.write(2, b"\nstopped before the first step; nothing was begun\n")
+    if builder:
+        builder.terminate()
+        builder.wait()
+    say("\nstopped before the first step; nothing was begun")
     os._exit(128 + signum)
 
 
@@ -176,10 +189,11 @@ if device.type == "cpu" and sys.platform == "linux":
             ctypes.CDLL(None).mallopt(option, value)
 torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
-compiler = device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+cxx = shlex.split(os.environ.get("CXX", "g++"))[0]  # with Python's headers, what torch.compile needs on a CPU
+compiler = device.type == "cuda" or (shutil.which(cxx) and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-note = "" if config.compile and compiler else ", not compiled" + ("" if compiler else " (no C++ compiler found)")
-print(f"system  {where}, {str(dtype).removeprefix('torch.')} products{note}")
+note = "" if config.compile and compiler else ", not compiled" + ("" if compiler else " (no C++ compiler with Python headers found)")
+say(f"system  {where}, {str(dtype).removeprefix('torch.')} products{note}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -188,7 +202,7 @@ print(f"system  {where}, {str(dtype).removeprefix('torch.')} products{note}")
 config_path, log_path = (os.path.join(config.out_dir, name) for name in ("config.json", "log.jsonl"))
 if config.resume and not os.path.exists(config_path):
     fail(f"resume = True, but {config.out_dir} holds no run; check --out_dir, or leave --resume out to start one")
-if not config.resume and os.path.exists(config_path):
+if not config.resume and (os.path.exists(config_path) or checkpoints(config.out_dir)):
     fail(f"{config.out_dir} already holds a run: go on with --resume=True, or take another --out_dir")
 try:
     os.makedirs(config.out_dir, exist_ok=True)
@@ -199,15 +213,18 @@ corpus_dir = os.path.join(config.data_dir, config.dataset)
 if not os.path.exists(os.path.join(corpus_dir, "meta.json")):
     prepare = [sys.executable, os.path.join(HERE, "data", "prepare.py"), config.dataset, f"--data_dir={config.data_dir}"]
     if config.dataset != "docstrings":
-        fail(f"no corpus {corpus_dir}: prepare it with python data/prepare.py {config.dataset} --source=FILES, or take --dataset=docstrings")
-    print("data    building the default corpus, once", flush=True)
-    if code := subprocess.run(prepare).returncode:
+        where = "" if config.data_dir == Config.data_dir else f" --data_dir={shlex.quote(config.data_dir)}"
+        fail(f"no corpus {corpus_dir}: prepare it with python data/prepare.py {config.dataset} --source=FILES{where}, or take --dataset=docstrings")
+    say("data    building the default corpus, once")
+    builder = subprocess.Popen(prepare)
+    if code := builder.wait():
         sys.exit(code)  # it has said why
+    builder = None
 corpus = load_corpus(corpus_dir)
 for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
     if len(tokens) <= config.block_size:
         fail(f"block_size = {config.block_size} is longer than the {split} split of {corpus_dir} ({len(tokens)} tokens): lower it, or take more text")
-print(f"data    {config.dataset} {corpus.meta['corpus_hash']}: {len(corpus.train):,} training tokens, {len(corpus.val):,} for validation, "
+say(f"data    {config.dataset} {corpus.meta['corpus_hash']}: {len(corpus.train):,} training tokens, {len(corpus.val):,} for validation, "
       f"vocabulary {corpus.vocab_size:,}")
 
 LM_ROWS, COIN, EPISODES, POOL, SHUFFLE = range(5)  # streams of randomness: drawing from one never moves another
@@ -245,8 +262,11 @@ def training_episode(step, e):
     global sampler, sampler_number
     number = 0 if len(corpus.train) <= config.pool_tokens else step // POOL_STEPS
     if number != sampler_number:
-        text = smlmt.pool(corpus.train, config.pool_tokens, (config.seed, POOL), number, eot=corpus.eot)
-        sampler, sampler_number = sampler_of(text, (config.seed, EPISODES)), number
+        try:
+            text = smlmt.pool(corpus.train, config.pool_tokens, (config.seed, POOL), number, eot=corpus.eot)
+            sampler, sampler_number = sampler_of(text, (config.seed, EPISODES)), number
+        except ValueError as error:
+            fail(f"no episodes from {corpus_dir} at step {step}: {error}", code=2 if step == 1 else 1)
     episode = sampler.episode((step, e))
     if config.shuffle_labels:
         episode = dataclasses.replace(episode, support_labels=draw(SHUFFLE, step, e).permutation(episode.support_labels))
@@ -254,16 +274,13 @@ def training_episode(step, e):
 
 
 if config.meta_ratio > 0:
-    try:
-        training_episode(1, 0)
-    except ValueError as error:
-        fail(f"no episodes from {corpus_dir}: {error}")
+    training_episode(1, 0)  # a corpus that cannot give episodes is better known before the work
 try:  # the same episodes for every run, seed and step: words of training and words that training never asks about
     val_sampler = sampler_of(smlmt.pool(corpus.val, config.pool_tokens, 0, 0, eot=corpus.eot), 0)
     val_sampler.episode(0, heldout=True)
 except ValueError as error:
     val_sampler = None
-    print(f"data    no episodes in evaluations: {error}")
+    say(f"data    no episodes in evaluations: {error}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -285,7 +302,7 @@ parameters = [p for p in [*model.parameters(), *head.values()] if p.requires_gra
 groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
           {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
 optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-print(f"model   {model.n_params():,} parameters: d {config.d_model}, {config.n_layers} layers, {config.n_heads} heads / {config.n_kv_heads} kv heads")
+say(f"model   {model.n_params():,} parameters: d {config.d_model}, {config.n_layers} layers, {config.n_heads} heads / {config.n_kv_heads} kv heads")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -402,6 +419,8 @@ def evaluate(n_episodes):
 
 def save(step):
     """Write the checkpoint of a step whole or not at all, then take the optimizer out of the third newest: two are enough to go on from."""
+    if not all(p.isfinite().all() for p in parameters):
+        fail(f"step {step}: weights are not finite; nothing of this step was saved. Try a lower lr or weight_decay", code=1)
     state = {
         "model": model.state_dict(), "head": {name: p.detach() for name, p in head.items()}, "optimizer": optimizer.state_dict(), "scaler": {},
         "step": step, "progress": progress, "config": dataclasses.asdict(config) | {"vocab_size": corpus.vocab_size},
@@ -463,7 +482,7 @@ def git_commit():
 # What a resumed run may do otherwise; a change of anything else would make it another run under the same name.
 MAY_CHANGE = {"out_dir", "data_dir", "device", "dtype", "compile", "resume", "expected", "micro_batch_size", "micro_episodes", "max_steps", "lr",
               "eval_interval", "eval_steps", "ckpt_interval", "log_interval"}  # fmt: skip
-step, progress = 0, dict.fromkeys("lm_tokens episode_tokens support_tokens query_tokens flops seconds".split(), 0)
+kept, step, progress = [], 0, dict.fromkeys("lm_tokens episode_tokens support_tokens query_tokens flops seconds".split(), 0)
 if config.resume:
     begun = read_json(config_path)
     for key, now in (dataclasses.asdict(config) | {"corpus_hash": corpus.meta["corpus_hash"]}).items():
@@ -483,11 +502,13 @@ if config.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, progress = checkpoint["step"], checkpoint["progress"]
         if checkpoint["config"]["max_steps"] != config.max_steps:
-            print(f"resume  max_steps was {checkpoint['config']['max_steps']} and is now {config.max_steps}: from here on the learning rate follows "
+            say(f"resume  max_steps was {checkpoint['config']['max_steps']} and is now {config.max_steps}: from here on the learning rate follows "
                   f"the {config.schedule} schedule of {config.max_steps} steps, {lr_at(step + 1):.2e} at the next step")
+    if begun["lr"] != config.lr:
+        say(f"resume  lr was {begun['lr']} and is now {config.lr}: from here on this is no longer the run that was begun")
     kept = read_log(config.out_dir, up_to=step if found else -1)  # what was logged after the checkpoint is done again
     write_atomic(log_path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
-    print(f"resume  {config.out_dir} after step {step}")
+    say(f"resume  {config.out_dir} after step {step}")
 
 for name in ("tokenizer.tiktoken", "meta.json"):
     shutil.copyfile(os.path.join(corpus_dir, name), os.path.join(config.out_dir, name))
@@ -518,7 +539,7 @@ def look():
     shown = f"val_loss {numbers['val_loss']:.4f}  bits/byte {numbers['val_bits_per_byte']:.4f}"
     for key in ("heldout_query_acc", "val_query_acc"):
         shown += f"  {key} {numbers[key]:.3f}±{numbers[key + '_se']:.3f}" if key in numbers else ""
-    print(f"eval {step:6d}/{config.max_steps}  {shown}", flush=True)
+    say(f"eval {step:6d}/{config.max_steps}  {shown}")
     return numbers
 
 
@@ -535,7 +556,9 @@ for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, stop)
 clock = time.perf_counter()
 first_step, steady = step, None  # the first step compiles and says nothing about how long the others take
-numbers = look() if step in (0, config.max_steps) else None
+numbers = next((line for line in kept if line["kind"] == "eval" and line["step"] == step), None)  # a run that was over already was looked at then
+if numbers is None and step in (0, config.max_steps):
+    numbers = look()
 while step < config.max_steps and not stopped_by:
     # ------------------------------------------------------------------------------------------------------------------------------------------------
     step += 1
@@ -560,11 +583,11 @@ while step < config.max_steps and not stopped_by:
     speed = (cost.get("lm_tokens", 0) + cost.get("episode_tokens", 0)) / seconds
     log({"step": step, "kind": kind, **line, "lr": lr, "grad_norm": norm, **progress, "tokens_per_second": speed})
     steady = steady or time.perf_counter()
-    left = (time.perf_counter() - steady) / max(1, step - first_step - 1) * (config.max_steps - step)
+    left = round((time.perf_counter() - steady) / max(1, step - first_step - 1) * (config.max_steps - step))
     if step % config.log_interval == 0 or step == config.max_steps:
         shown = f"lm_loss {loss:.4f}" if kind == "lm" else f"meta_loss {loss:.4f}  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
-        print(f"step {step:6d}/{config.max_steps}  {shown}  lr {lr:.2e}  norm {norm:.2f}  {speed / 1e3:.1f}k tok/s  "
-              f"left {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
+        eta = f"left {left // 60}m{left % 60:02d}s" if step > first_step + 1 else ""
+        say(f"step {step:6d}/{config.max_steps}  {shown}  lr {lr:.2e}  norm {norm:.2f}  {speed / 1e3:.1f}k tok/s  {eta}")
     if step % config.eval_interval == 0 or step == config.max_steps:
         numbers = look()
     if step % config.ckpt_interval == 0 or step == config.max_steps or stopped_by:
@@ -572,7 +595,7 @@ while step < config.max_steps and not stopped_by:
 
 if stopped_by and step < config.max_steps:
     words = [*sys.argv[1:]] + ([] if config.resume else ["--resume=True"])
-    print(f"stopped after step {step}. To go on: python train.py {shlex.join(words)}")
+    say(f"stopped after step {step}. To go on: python train.py {shlex.join(words)}")
     sys.exit(128 + stopped_by)
 
 
@@ -582,15 +605,15 @@ if stopped_by and step < config.max_steps:
 generator = torch.Generator(device).manual_seed(config.seed)
 with autocast, torch.compiler.set_stance("force_eager"):  # a text grows by a token a time: not worth a kernel for each length
     ids = model.generate(torch.tensor([[corpus.eot]], device=device), 160, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
-print(f"\n{decode(corpus.encoding, ids[: ids.index(corpus.eot)] if corpus.eot in ids else ids).strip()}\n")
-print(f"result  val_loss {numbers['val_loss']:.4f}, {numbers['val_bits_per_byte']:.4f} bits per byte, after {step:,} steps, "
+say(f"\n{decode(corpus.encoding, ids[: ids.index(corpus.eot)] if corpus.eot in ids else ids).strip()}\n")
+say(f"result  val_loss {numbers['val_loss']:.4f}, {numbers['val_bits_per_byte']:.4f} bits per byte, after {step:,} steps, "
       f"{progress['lm_tokens']:,} LM tokens, {progress['episode_tokens']:,} episode tokens, {progress['flops']:.2e} FLOPs, "
       f"{time.perf_counter() - started:.0f} s")
 if "heldout_query_acc" in numbers:
-    print(f"result  held-out words: query accuracy {numbers['heldout_query_acc']:.3f} ± {numbers['heldout_query_acc_se']:.3f} after adaptation, "
+    say(f"result  held-out words: query accuracy {numbers['heldout_query_acc']:.3f} ± {numbers['heldout_query_acc_se']:.3f} after adaptation, "
           f"{numbers['heldout_query_acc_before']:.3f} before, chance {1 / config.n_way:.3f}")
 if config.expected:
     corpus_hash = corpus.meta["corpus_hash"]
     other = "" if corpus_hash in config.expected else f"; this corpus is {corpus_hash} (other package versions), so expect a slightly other number"
-    print(f"expect  {config.expected}{other}")
-print(f"curves  {plot()}\nrun     {config.out_dir}")
+    say(f"expect  {config.expected}{other}")
+say(f"curves  {plot()}\nrun     {config.out_dir}")

@@ -14,15 +14,15 @@ meta_ratio = 0.5  # half of the steps are meta steps; 0 is the vanilla baseline
 _large = pathlib.Path(__file__).parents[1] / "data" / "large" / "meta.json"
 if torch.cuda.is_available():
     max_steps, lr, warmup_steps = 6000, 3e-4, 2500  # the paper's
-    batch_size, block_size, micro_batch_size = 256, 512, 64  # what its run most likely used: 131,072 tokens a step, 0.8 billion in all
+    batch_size, block_size, micro_batch_size = 256, 512, 64  # what its run most likely used: 131,072 tokens an LM step
     n_way, k_shot, inner_steps = 32, 4, 10  # the paper's
-    episodes_per_step, episode_len = 16, 128  # 131,072 tokens of support and 131,072 of query
+    episodes_per_step, episode_len, micro_episodes = 8, 128, 2  # 131,072 tokens of support and as many of query a meta step
     if _large.exists():
         dataset = "large"
         print("config  corpus data/large")
     else:
         dataset = "docstrings"
-        max_steps, warmup_steps, lr = 600, 100, 2e-3  # 5 million tokens are too few for 6,000 steps: 16 times over them
+        max_steps, warmup_steps, lr = 600, 100, 2e-3  # 300 LM steps go 8 times over its 5 million tokens
         print("config  corpus docstrings, a small one, with steps to match; to prepare a large one: "
               "python data/prepare.py large --source=FILES --vocab_size=50304")
 else:

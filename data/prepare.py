@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import sysconfig
@@ -237,6 +238,10 @@ def load_tokenizer(folder):
         lines = (folder / "tokenizer.tiktoken").read_bytes()
     except FileNotFoundError as error:
         fail(f"--tokenizer={folder} is not the folder of a prepared corpus: it has no {Path(error.filename).name}")
+    except ValueError as error:
+        fail(f"{folder / 'meta.json'} is damaged ({error}): prepare that corpus again")
+    if not {"sha256", "pattern", "special_tokens"} <= set(meta):
+        fail(f"{folder / 'meta.json'} does not describe a corpus: prepare that corpus again")
     if hashlib.sha256(lines).hexdigest() != meta["sha256"]["tokenizer.tiktoken"]:
         fail(f"{folder / 'tokenizer.tiktoken'} is not the file that its meta.json describes: prepare that corpus again")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines.splitlines())}
@@ -376,7 +381,7 @@ def main(args):
             folder.rmdir()
     print(f"{folder}: {documents:,} documents, {size / 1e6:.1f} MB of text, {tokens:,} tokens of {size / tokens:.2f} bytes "
           f"({splits['val']['tokens']:,} for validation), corpus {corpus_hash}, {time.time() - start:.0f} s")
-    elsewhere = "" if args.data_dir.resolve() == Path(__file__).resolve().parent else f" --data_dir={args.data_dir}"
+    elsewhere = "" if args.data_dir.resolve() == Path(__file__).resolve().parent else f" --data_dir={shlex.quote(str(args.data_dir))}"
     print(f"next: python train.py config/train_11m.py --dataset={args.name}{elsewhere}")
 
 
