@@ -3,12 +3,13 @@
     python train.py config/train_11m.py                        # the quick start: corpus, training, curves and a paragraph within ten minutes
     python train.py config/train_11m.py --meta_ratio=0 --out_dir=out/11m-vanilla        # its baseline, on the same batches
     python train.py config/train_11m.py --resume=True          # after Ctrl-C, SIGTERM, kill -9 or a power cut
+    torchrun --nproc_per_node=8 train.py config/train_570m.py  # one process a GPU; without GPUs they meet through gloo
 
 A flat script: settings, system, data, model and optimizer, the two losses, schedule, evaluation, saving, the loop. At each step a coin chooses one of
 the losses (Africa et al. 2025, https://arxiv.org/abs/2508.02189); the one where model, episodes and inner loop meet is `run_episodes`.
 
 Everything drawn is a pure function of (seed, stream, step). Hence a resumed run is the run that was never stopped, bit for bit on a CPU, evaluating
-more often changes nothing, and a language-model step i sees the same text in every run of a seed.
+more often changes nothing, a language-model step i sees the same text in every run of a seed, and how many processes share a step does not matter.
 """
 import contextlib
 import ctypes
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shlex
 import shutil
 import signal
@@ -25,10 +27,13 @@ import subprocess
 import sys
 import sysconfig
 import time
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import configurator
 import maml
@@ -38,6 +43,7 @@ from runs import checkpoints, decode, fail, load_checkpoint, load_corpus, read_j
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 started = time.perf_counter()
+rank, world, local_rank = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # from torchrun
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -52,10 +58,12 @@ class Config:
     data_dir: str = os.path.join(HERE, "data")  # where the prepared corpora are
     seed: int = 0  # of initial weights and of everything that is drawn
     device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16; weights and optimizer stay float32
+    dtype: str = "auto"  # of the matrix products: auto, float32, bfloat16 or float16 (scaled gradients); weights and optimizer stay float32
     compile: bool = True  # torch.compile the block, where the machine has a compiler
     resume: bool = False  # go on from the newest checkpoint in out_dir
     expected: str = ""  # the result to expect and the hash of its corpus, shown beside this run's
+    wandb: bool = False  # show the run on Weights & Biases too, or with WANDB_MODE=offline keep it for a later `wandb sync`
+    wandb_project: str = "nanomaml"  # under this project
     # Model
     d_model: int = 96  # width of the residual stream
     n_layers: int = 12  # transformer blocks
@@ -64,8 +72,8 @@ class Config:
     d_ff: int = 384  # hidden width of the SwiGLU
     block_size: int = 512  # tokens in a row
     # Optimization
-    batch_size: int = 64  # rows in a language-model step, over all accumulation
-    micro_batch_size: int = 0  # rows in memory at once; 0 takes the whole batch
+    batch_size: int = 64  # rows in a language-model step, over all processes and accumulation
+    micro_batch_size: int = 0  # rows that a process has in memory at once; 0 takes all its rows
     max_steps: int = 6000  # optimizer steps of either kind
     lr: float = 3e-4  # peak learning rate of AdamW, the outer loop
     warmup_steps: int = 2500  # steps from 0 to the peak
@@ -77,8 +85,8 @@ class Config:
     n_way: int = 16  # words to tell apart in an episode
     k_shot: int = 4  # support windows a word
     q_query: int = 4  # query windows a word
-    episodes_per_step: int = 1  # episodes in a meta step
-    micro_episodes: int = 0  # episodes in memory at once; 0 takes all of the step
+    episodes_per_step: int = 1  # episodes in a meta step, over all processes
+    micro_episodes: int = 0  # episodes that a process has in memory at once; 0 takes all its episodes
     episode_len: int = 64  # longest window in tokens; independent of block_size
     readout: str = "before"  # features are read before the blank, at it (mask), or at the last token of the window
     word_min_count: int = 20  # the band of words: least occurrences in the pool
@@ -88,6 +96,9 @@ class Config:
     inner_steps: int = 10  # gradient steps on the support set; 0 is the multi-task control
     inner_lr: float = 10.0  # their learning rate, on features of length about 1
     second_order: bool = False  # differentiate through the inner gradients
+    target: str = "head"  # what adapts: the head alone, or with it attention, mlp, attention+mlp, norms or all of the blocks
+    target_layers: str = ""  # of which blocks, as 0,1,5; empty is all of them, and then norms and all have the final norm too
+    target_lr: float = 0.01  # inner learning rate of the target's parameters; inner_lr is the head's
     head_layers: int = 1  # linear layers in the head that adapts; the paper has 4
     head_hidden: int = 128  # width of its hidden layers
     shuffle_labels: bool = False  # control: permute support labels within the episode, so that support teaches nothing
@@ -98,6 +109,11 @@ class Config:
     log_interval: int = 1  # steps between printed lines; log.jsonl has every step
 
 
+# What adapts in the inner loop: the beginnings of its parameters' names within a block.
+TARGETS = {"head": (), "attention": ("attention.",), "mlp": ("mlp.",), "attention+mlp": ("attention.", "mlp."),
+           "norms": ("attention_norm.", "mlp_norm."), "all": ("",)}  # fmt: skip
+
+
 def check(config):
     """End the program with one line that names the setting, if a value or a combination of settings makes no sense."""
     least = {"n_way": 2, "episode_len": smlmt.MIN_WINDOW} | dict.fromkeys("seed micro_batch_size warmup_steps micro_episodes inner_steps".split(), 0)
@@ -105,33 +121,38 @@ def check(config):
         value = getattr(config, field.name)
         if field.type is int and not least.get(field.name, 1) <= value < 2**63:
             fail(f"{field.name} = {value}: {field.name} must be at least {least.get(field.name, 1)}")
-    choices = {"device": "auto cpu cuda", "dtype": "auto float32 bfloat16", "schedule": "linear cosine constant", "readout": "before mask last"}
+    choices = {"device": "auto cpu cuda", "dtype": "auto float32 bfloat16 float16", "schedule": "linear cosine constant",
+               "readout": "before mask last", "target": " ".join(TARGETS)}  # fmt: skip
     for name, words in choices.items():
         if getattr(config, name) not in words.split():
             fail(f"{name} = {getattr(config, name)!r}: {name} is one of {', '.join(words.split())}")
     if not 0 < config.lr < 1:
         fail(f"lr = {config.lr}: lr must lie between 0 and 1 (3e-4 is the paper's)")
-    if not (0 <= config.weight_decay < math.inf and config.grad_clip > 0 and 0 < config.inner_lr < math.inf):
-        fail(f"weight_decay = {config.weight_decay}, grad_clip = {config.grad_clip}, inner_lr = {config.inner_lr}: the first must not be negative, "
-             "the others must be positive")
+    if not (0 <= config.weight_decay < math.inf and config.grad_clip > 0 and 0 < config.inner_lr < math.inf and 0 < config.target_lr < math.inf):
+        fail(f"weight_decay = {config.weight_decay}, grad_clip = {config.grad_clip}, inner_lr = {config.inner_lr}, target_lr = {config.target_lr}: "
+             "the first must not be negative, the others must be positive")
     if config.d_model % config.n_heads or config.d_model // config.n_heads % 2:
         fail(f"d_model = {config.d_model} must divide into n_heads = {config.n_heads} heads of an even width (rotary positions turn pairs)")
     if config.n_heads % config.n_kv_heads:
         fail(f"n_kv_heads = {config.n_kv_heads} must divide n_heads = {config.n_heads}: each key/value head serves equally many query heads")
-    if config.micro_batch_size and config.batch_size % config.micro_batch_size:
-        fail(f"micro_batch_size = {config.micro_batch_size} must divide batch_size = {config.batch_size}")
-    if config.micro_episodes and config.episodes_per_step % config.micro_episodes:
-        fail(f"micro_episodes = {config.micro_episodes} must divide episodes_per_step = {config.episodes_per_step}")
+    for name in ["batch_size"] + ["episodes_per_step"] * (config.meta_ratio > 0):
+        if getattr(config, name) < world:
+            fail(f"{name} = {getattr(config, name)}, but there are {world} processes to share it: raise {name}, or start fewer")
+    if set(config.target_layers.split(",")) - {"", *map(str, range(config.n_layers))}:
+        fail(f"target_layers = {config.target_layers}: write the numbers of blocks, 0 to {config.n_layers - 1}, as 0,1,5, or nothing for all")
+    if config.target != "head" and config.inner_steps == 0:
+        fail(f"target = {config.target} does not adapt with inner_steps = 0: raise inner_steps, or take --target=head")
     if not 0 <= config.meta_ratio <= 1:
         fail(f"meta_ratio = {config.meta_ratio}: a share lies between 0 and 1 (0 is the vanilla baseline)")
     if config.meta_ratio == 0 and config.readout == "mask":
         fail("readout = mask needs meta_ratio above 0: language-model steps never show <|mask|>, so a vanilla model is read at before or last")
 
 
-config, rest = configurator.load(Config, sys.argv[1:], __doc__)
-if rest:
-    fail(f"cannot read {rest[0]}: a config file ends in .py, a setting is --key=value (see --help)")
-check(config)
+with contextlib.redirect_stderr(open(os.devnull, "w") if rank else sys.stderr):  # all processes find the same mistake: one of them tells
+    config, rest = configurator.load(Config, sys.argv[1:], __doc__)
+    if rest:
+        fail(f"cannot read {rest[0]}: a config file ends in .py, a setting is --key=value (see --help)")
+    check(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -142,7 +163,9 @@ builder = None  # the process that prepares the default corpus
 
 
 def say(text):
-    """Print at once, or go on in silence: a reader that went away (`| head`, Ctrl-C on `| tee`) must not end a run."""
+    """Print at once, or go on in silence: a reader that went away (`| head`, Ctrl-C on `| tee`) must not end a run. One process speaks for all."""
+    if rank:
+        return
     try:
         os.write(1, f"{text}\n".encode())  # print may not be called while printing, as a signal handler might
     except OSError:
@@ -171,7 +194,11 @@ for signum in (signal.SIGINT, signal.SIGTERM):
 
 if config.device == "cuda" and not torch.cuda.is_available():
     fail("device = cuda, but torch finds no CUDA GPU here; take --device=cpu, or install a CUDA build of torch")
-device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+device = torch.device("cuda", local_rank) if config.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+if device.type == "cuda":
+    if local_rank >= torch.cuda.device_count():
+        fail(f"process {local_rank} of this machine has no GPU, it has {torch.cuda.device_count()}: lower --nproc_per_node of torchrun")
+    torch.cuda.set_device(device)
 
 if config.dtype != "auto":
     dtype = getattr(torch, config.dtype)
@@ -181,6 +208,7 @@ else:  # bfloat16 products are a gain only where the processor has instructions 
     has = torch.cpu.get_capabilities()
     dtype = torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else torch.float32
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients below 6e-8 are zero: multiply the loss, divide later
 
 if device.type == "cpu" and sys.platform == "linux":
     # A fresh page of memory costs more than the arithmetic on it. Have glibc keep what is freed: one arena, no mmap per tensor, no trimming.
@@ -193,16 +221,41 @@ cxx = shlex.split(os.environ.get("CXX", "g++"))[0]  # with Python's headers, wha
 compiler = device.type == "cuda" or (shutil.which(cxx) and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 note = "" if config.compile and compiler else ", not compiled" + ("" if compiler else " (no C++ compiler with Python headers found)")
-say(f"system  {where}, {str(dtype).removeprefix('torch.')} products{note}")
+say(f"system  {world} x {where}, {str(dtype).removeprefix('torch.')} products{note}" if world > 1 else
+    f"system  {where}, {str(dtype).removeprefix('torch.')} products{note}")
+
+if world > 1:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+
+
+def over_all(tensor):
+    """The sum of a tensor over all processes, in place; their one way to speak with each other, and to wait for each other."""
+    if world > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].split(". ")[0]
+            print(f"error: another process of this run is gone ({reason}); the last checkpoint stands, go on with --resume=True", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)  # not sys.exit, which would wait for the lost one
+    return tensor
+
+
+def chunks(n, size):
+    """This process's share of n rows or episodes, as slices of at most `size`; 0 sets no limit."""
+    first, last = rank * n // world, (rank + 1) * n // world
+    return [slice(i, min(i + (size or n), last)) for i in range(first, last, size or n)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
 # Data
 
 config_path, log_path = (os.path.join(config.out_dir, name) for name in ("config.json", "log.jsonl"))
+if rank:
+    over_all(torch.zeros(1, device=device))  # the first process goes ahead: it may find a mistake, or have a corpus to build
 if config.resume and not os.path.exists(config_path):
     fail(f"resume = True, but {config.out_dir} holds no run; check --out_dir, or leave --resume out to start one")
-if not config.resume and (os.path.exists(config_path) or checkpoints(config.out_dir)):
+if not config.resume and not rank and (os.path.exists(config_path) or checkpoints(config.out_dir)):
     fail(f"{config.out_dir} already holds a run: go on with --resume=True, or take another --out_dir")
 try:
     os.makedirs(config.out_dir, exist_ok=True)
@@ -226,6 +279,8 @@ for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
         fail(f"block_size = {config.block_size} is longer than the {split} split of {corpus_dir} ({len(tokens)} tokens): lower it, or take more text")
 say(f"data    {config.dataset} {corpus.meta['corpus_hash']}: {len(corpus.train):,} training tokens, {len(corpus.val):,} for validation, "
       f"vocabulary {corpus.vocab_size:,}")
+if not rank:
+    over_all(torch.zeros(1, device=device))
 
 LM_ROWS, COIN, EPISODES, POOL, SHUFFLE = range(5)  # streams of randomness: drawing from one never moves another
 
@@ -306,21 +361,44 @@ say(f"model   {model.n_params():,} parameters: d {config.d_model}, {config.n_lay
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
-# The two losses. Each leaves its gradient in the parameters and returns what to log.
+# What adapts in the inner loop besides the head
+
+
+class Reader(torch.nn.Module):
+    """The model with `features_at` for its forward, since functional_call calls no other method."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, positions):
+        return self.model.features_at(tokens, positions)
+
+
+reader = Reader()
+layers = sorted({int(word) for word in config.target_layers.split(",") if word}) or range(config.n_layers)
+names = tuple(f"model.blocks.{i}.{beginning}" for i in layers for beginning in TARGETS[config.target])
+names += ("model.norm.",) if config.target in ("norms", "all") and not config.target_layers else ()
+target = {name: p for name, p in reader.named_parameters() if names and name.startswith(names)}
+# An inner gradient passes by no scaler: instead of float16 it takes float32. A cast weight that is kept would outlive its inner step.
+inner_autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16, cache_enabled=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------------------
+# The two losses. Each leaves its gradient in the parameters and returns what to log, this process's share of each mean.
 
 
 def lm_step(step):
     """Next-token prediction on the rows of this step."""
     starts = draw(LM_ROWS, step).integers(len(corpus.train) - config.block_size, size=config.batch_size)
-    micro = config.micro_batch_size or config.batch_size
-    total = 0.0
-    for first in range(0, config.batch_size, micro):
-        idx, targets = rows(corpus.train, starts[first : first + micro])
+    total = torch.zeros((), device=device)
+    for part in chunks(config.batch_size, config.micro_batch_size):
+        idx, targets = rows(corpus.train, starts[part])
         with autocast:
-            loss = model(idx, targets) * (micro / config.batch_size)
-        loss.backward()
+            loss = model(idx, targets) * (len(idx) / config.batch_size)
+        scaler.scale(loss).backward()
         total += loss.detach()
-    return {"lm_loss": total.item()}
+    return {"lm_loss": total}
 
 
 def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
@@ -329,6 +407,8 @@ def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
     At first order the support features need no graph: the head adapts on them as constants, and the backbone learns from the query alone.
     """
     field = {f.name: to_device(np.stack([getattr(e, f.name) for e in episodes])) for f in dataclasses.fields(smlmt.Episode)}  # (E, ...)
+    if config.target != "head":
+        return run_episodes_through(field, head, steps)
 
     def features(tokens, positions):  # (E, M, L) tokens, read at (E, M) positions -> (E, M, C)
         return model.features_at(tokens.flatten(0, 1), positions.flatten()).unflatten(0, positions.shape)
@@ -342,17 +422,39 @@ def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
                              lr=config.inner_lr, steps=steps, first_order=not config.second_order)
 
 
+def run_episodes_through(field, head, steps):
+    """run_episodes for a target within the backbone, which then runs in each inner step: an episode at a time, its weights handed in by name."""
+    # FORK HERE for other parameters to adapt: name their initial values in `start`, and say in `logits` how the model reads with them.
+    start = {**target, **{f"head.{name}": p for name, p in head.items()}}
+    rates = {name: config.inner_lr if name.startswith("head.") else config.target_lr for name in start}
+
+    def logits(params, windows):  # windows: tokens (M, L) and the positions (M,) to read -> (M, N)
+        with inner_autocast:
+            features = torch.func.functional_call(reader, {name: p for name, p in params.items() if name in target}, windows)  # (M, C)
+        return maml.head_logits({name[5:]: p for name, p in params.items() if name not in target}, maml.scaled(features))
+
+    losses, numbers = [], []
+    # Compiled blocks know nothing of torch.func, and fused attention has no second derivative.
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH) if config.second_order else contextlib.nullcontext():
+        for e in range(len(field["words"])):
+            support, query = (((field[name][e], field[f"{name}_pos"][e]), field[f"{name}_labels"][e]) for name in ("support", "query"))
+            loss, number = maml.adapted_loss(logits, start, support, query, lr=rates, steps=steps, first_order=not config.second_order)
+            losses.append(loss)
+            numbers.append(number)
+    return torch.stack(losses).mean(), {name: torch.stack([number[name] for number in numbers]) for name in numbers[0]}
+
+
 def meta_step(step):
     """One outer step of MAML: the gradient of the query loss after adaptation, for the backbone and for the head's initial weights."""
-    episodes = [training_episode(step, e) for e in range(config.episodes_per_step)]
-    micro = config.micro_episodes or len(episodes)
-    parts = []
-    for first in range(0, len(episodes), micro):
-        loss, numbers = run_episodes(episodes[first : first + micro], head, columns=multi_task)
-        (loss * (micro / len(episodes))).backward()
-        parts.append(numbers)
-    return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]} | {
-        "far_share": float(np.mean([episode.far_share for episode in episodes]))}
+    total = {}
+    for part in chunks(config.episodes_per_step, config.micro_episodes):
+        episodes = [training_episode(step, e) for e in range(part.start, part.stop)]
+        loss, numbers = run_episodes(episodes, head, columns=multi_task)
+        scaler.scale(loss * (len(episodes) / config.episodes_per_step)).backward()
+        numbers["far_share"] = torch.tensor([episode.far_share for episode in episodes], device=device)
+        for name, values in numbers.items():
+            total[name] = total.get(name, 0) + values.sum() / config.episodes_per_step
+    return total
 
 
 def cost_of(kind):
@@ -362,8 +464,10 @@ def cost_of(kind):
         return {"lm_tokens": tokens, "flops": tokens * model.flops_per_token(config.block_size, backward=True, unembedding=True)}
     windows = config.episodes_per_step * config.n_way  # for one shot
     support, query = (windows * shots * config.episode_len for shots in (config.k_shot, config.q_query))
-    backbone = (support * model.flops_per_token(config.episode_len, backward=config.second_order, unembedding=False)
-                + query * model.flops_per_token(config.episode_len, backward=True, unembedding=False))
+    forward, both = (model.flops_per_token(config.episode_len, backward=backward, unembedding=False) for backward in (False, True))
+    backbone = support * (both if config.second_order else forward) + query * both
+    if config.target != "head":  # an inner step goes forward and back, at second order all of that back once more; then come the numbers to log
+        backbone = support * (config.inner_steps * both * (3 if config.second_order else 1) + 2 * forward) + query * (both + forward)
     adapting = sum(p.numel() for p in maml.init_head(config.d_model, config.n_way, config.head_layers, config.head_hidden).values())
     inner = windows * (config.k_shot * config.inner_steps + config.q_query) * 6 * adapting
     return {"support_tokens": support, "query_tokens": query, "episode_tokens": support + query, "flops": backbone + inner}
@@ -390,26 +494,37 @@ def lr_at(step):
 # Evaluation, the same for every run: it draws nothing and changes nothing
 
 
+def loss_on(first, last):
+    """Mean loss on rows spread evenly over the tokens from first to last of the validation text."""
+    n_rows = min(config.eval_steps * config.batch_size, (last - first) // (config.block_size + 1))
+    starts = np.linspace(first, last - config.block_size - 1, n_rows).astype(np.int64)
+    total = torch.zeros((), device=device)
+    for part in chunks(n_rows, config.micro_batch_size or config.batch_size):
+        with autocast:
+            total += model(*rows(corpus.val, starts[part])) * (part.stop - part.start)
+    return over_all(total).item() / n_rows
+
+
 @torch.no_grad()
 def evaluate(n_episodes):
-    """Loss on rows spread evenly over the validation text, and query accuracy on n_episodes of its words, seen and held out, from a fresh head."""
-    n_rows = min(config.eval_steps * config.batch_size, len(corpus.val) // (config.block_size + 1))
-    starts = np.linspace(0, len(corpus.val) - config.block_size - 1, n_rows).astype(np.int64)
-    total = 0.0
-    for chunk in np.array_split(starts, math.ceil(n_rows / (config.micro_batch_size or config.batch_size))):
-        with autocast:
-            total += model(*rows(corpus.val, chunk)).item() * len(chunk)
-    numbers = {"val_loss": total / n_rows, "val_bits_per_byte": total / n_rows / math.log(2) * corpus.val_tokens_per_byte}
+    """Loss on the validation text and on each source of it, and query accuracy on n_episodes of its words, seen and held out, from a fresh head."""
+    loss, of_source = loss_on(0, len(corpus.val)), {}
+    for source in corpus.meta["sources"] if len(corpus.meta["sources"]) > 1 else ():
+        first, last = source["val_range"]
+        if last - first > config.block_size:
+            of_source[f"val_loss/{source['name']}"] = loss_on(first, last)
+    numbers = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * corpus.val_tokens_per_byte, **of_source}
     if val_sampler is None:
         return numbers
     fresh = maml.init_head(config.d_model, config.n_way, config.head_layers, config.head_hidden)  # its last layer is zero
     fresh = {name: p.to(device) if name.startswith(f"{maml.last_layer(fresh)}.") else head[name].detach() for name, p in fresh.items()}
     for key, heldout in (("val_query_acc", False), ("heldout_query_acc", True)):
-        parts = [run_episodes([val_sampler.episode(e, heldout)], fresh, steps=config.inner_steps or 10)[1] for e in range(n_episodes)]
-        for name, suffix in (("query_acc", ""), ("query_acc_before", "_before")):
-            acc = torch.cat([part[name] for part in parts])  # (n_episodes,)
-            numbers[key + suffix] = acc.mean().item()
-        numbers[key + "_se"] = torch.cat([part["query_acc"] for part in parts]).std().item() / math.sqrt(n_episodes)
+        acc = torch.zeros(2, n_episodes, device=device)  # before and after
+        for e in range(rank, n_episodes, world):
+            _, of_episode = run_episodes([val_sampler.episode(e, heldout)], fresh, steps=config.inner_steps or 10)
+            acc[:, e] = torch.cat((of_episode["query_acc_before"], of_episode["query_acc"]))
+        before, after = over_all(acc)
+        numbers |= {key: after.mean().item(), f"{key}_before": before.mean().item(), f"{key}_se": after.std().item() / math.sqrt(n_episodes)}
     return numbers
 
 
@@ -421,8 +536,11 @@ def save(step):
     """Write the checkpoint of a step whole or not at all, then take the optimizer out of the third newest: two are enough to go on from."""
     if not all(p.isfinite().all() for p in parameters):
         fail(f"step {step}: weights are not finite; nothing of this step was saved. Try a lower lr or weight_decay", code=1)
+    if rank:
+        return
     state = {
-        "model": model.state_dict(), "head": {name: p.detach() for name, p in head.items()}, "optimizer": optimizer.state_dict(), "scaler": {},
+        "model": model.state_dict(), "head": {name: p.detach() for name, p in head.items()}, "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
         "step": step, "progress": progress, "config": dataclasses.asdict(config) | {"vocab_size": corpus.vocab_size},
     }  # fmt: skip
     write_atomic(os.path.join(config.out_dir, f"ckpt_{step:06d}.pt"), lambda file: torch.save(state, file))
@@ -479,15 +597,28 @@ def git_commit():
         return ""
 
 
+def start_wandb():
+    """A run on Weights & Biases with the same names as log.jsonl. A resumed run goes on under the same id; steps it knows are not shown twice."""
+    import wandb
+
+    run_id = f"{os.path.basename(os.path.abspath(config.out_dir))}-{zlib.crc32(os.path.abspath(config.out_dir).encode()):08x}"
+    try:
+        return wandb.init(project=config.wandb_project, id=run_id, resume="allow", dir=config.out_dir, config=dataclasses.asdict(config) | made,
+                          settings=wandb.Settings(init_timeout=30, silent=True))  # fmt: skip
+    except wandb.Error as error:
+        fail(f"wandb = True, but {' '.join(str(error).split())}; WANDB_MODE=offline keeps the records in {config.out_dir}/wandb for later")
+
+
 # What a resumed run may do otherwise; a change of anything else would make it another run under the same name.
 MAY_CHANGE = {"out_dir", "data_dir", "device", "dtype", "compile", "resume", "expected", "micro_batch_size", "micro_episodes", "max_steps", "lr",
-              "eval_interval", "eval_steps", "ckpt_interval", "log_interval"}  # fmt: skip
+              "eval_interval", "eval_steps", "ckpt_interval", "log_interval", "wandb", "wandb_project"}  # fmt: skip
 kept, step, progress = [], 0, dict.fromkeys("lm_tokens episode_tokens support_tokens query_tokens flops seconds".split(), 0)
 if config.resume:
     begun = read_json(config_path)
     for key, now in (dataclasses.asdict(config) | {"corpus_hash": corpus.meta["corpus_hash"]}).items():
-        if key not in MAY_CHANGE and begun.get(key) != now:
-            fail(f"cannot resume {config.out_dir} with {key} = {now}: the run was begun with {key} = {begun.get(key)}")
+        before = begun.get(key, getattr(Config, key, None))  # a run from before there was such a setting had its default
+        if key not in MAY_CHANGE and before != now:
+            fail(f"cannot resume {config.out_dir} with {key} = {now}: the run was begun with {key} = {before}")
     found = checkpoints(config.out_dir)
     if found:
         checkpoint = load_checkpoint(found[max(found)], device)
@@ -500,6 +631,7 @@ if config.resume:
             for name, p in head.items():
                 p.copy_(checkpoint["head"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # a run may change its dtype
         step, progress = checkpoint["step"], checkpoint["progress"]
         if checkpoint["config"]["max_steps"] != config.max_steps:
             say(f"resume  max_steps was {checkpoint['config']['max_steps']} and is now {config.max_steps}: from here on the learning rate follows "
@@ -507,24 +639,33 @@ if config.resume:
     if begun["lr"] != config.lr:
         say(f"resume  lr was {begun['lr']} and is now {config.lr}: from here on this is no longer the run that was begun")
     kept = read_log(config.out_dir, up_to=step if found else -1)  # what was logged after the checkpoint is done again
-    write_atomic(log_path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+    over_all(torch.zeros(1, device=device))  # all have read it
+    if not rank:
+        write_atomic(log_path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
     say(f"resume  {config.out_dir} after step {step}")
 
-for name in ("tokenizer.tiktoken", "meta.json"):
-    shutil.copyfile(os.path.join(corpus_dir, name), os.path.join(config.out_dir, name))
 made = {
     "vocab_size": corpus.vocab_size, "corpus_hash": corpus.meta["corpus_hash"], "git": git_commit(), "argv": sys.argv[1:],
-    "system": {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(), "platform": platform.platform()},
+    "system": {"processes": world, "device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(), "platform": platform.platform()},
     "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")},
 }  # fmt: skip
-write_atomic(config_path, lambda file: file.write(json.dumps(dataclasses.asdict(config) | made, indent=2).encode()))
-log_file = open(log_path, "a", encoding="utf8")
+log_file = tracker = None
+if not rank:
+    for name in ("tokenizer.tiktoken", "meta.json"):
+        shutil.copyfile(os.path.join(corpus_dir, name), os.path.join(config.out_dir, name))
+    write_atomic(config_path, lambda file: file.write(json.dumps(dataclasses.asdict(config) | made, indent=2).encode()))
+    log_file = open(log_path, "a", encoding="utf8")
+    if config.wandb:
+        tracker = start_wandb()
 
 
 def log(line):
     """One object a line, handed to the system before the next step begins."""
-    log_file.write(json.dumps(line) + "\n")
-    log_file.flush()
+    if log_file:
+        log_file.write(json.dumps(line) + "\n")
+        log_file.flush()
+    if tracker:
+        tracker.log(line, step=line["step"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -556,24 +697,35 @@ for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, stop)
 clock = time.perf_counter()
 first_step, steady = step, None  # the first step compiles and says nothing about how long the others take
+skipped, stopping = 0, False  # steps in a row that overflowed float16; whether any process was asked to stop
 numbers = next((line for line in kept if line["kind"] == "eval" and line["step"] == step), None)  # a run that was over already was looked at then
 if numbers is None and step in (0, config.max_steps):
     numbers = look()
-while step < config.max_steps and not stopped_by:
+while step < config.max_steps and not stopping:
     # ------------------------------------------------------------------------------------------------------------------------------------------------
     step += 1
     kind, lr = objective(step), lr_at(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     tick()
-    line = lm_step(step) if kind == "lm" else meta_step(step)
+    shares = lm_step(step) if kind == "lm" else meta_step(step)
+    for p in parameters:
+        if p.grad is not None:
+            over_all(p.grad)
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
+    *values, stopping = over_all(torch.stack([*shares.values(), torch.tensor(float(bool(stopped_by)), device=device)])).tolist()
+    line = dict(zip(shares, values, strict=True))
     loss = line["lm_loss"] if kind == "lm" else line["meta_loss"]
-    if not math.isfinite(loss + norm):
+    finite = math.isfinite(loss + norm)
+    skipped = 0 if finite else skipped + 1
+    if skipped == (20 if scaler.is_enabled() else 1):
         last = max(checkpoints(config.out_dir), default=None)
-        fail(f"step {step}: loss {loss}, gradient norm {norm}. Nothing of this step was saved; the last checkpoint is "
-             f"{'none' if last is None else f'of step {last}'}. Try a lower lr or a longer warm-up", code=1)
-    optimizer.step()
+        so_far = ", the 20th in a row" if skipped > 1 else ""
+        fail(f"step {step}: loss {loss}, gradient norm {norm}{so_far}. Nothing of this step was saved; the last "
+             f"checkpoint is {'none' if last is None else f'of step {last}'}. Try a lower lr or a longer warm-up", code=1)
+    scaler.step(optimizer)  # leaves the weights alone if a scaled gradient overflowed
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     seconds = tick()
     # ------------------------------------------------------------------------------------------------------------------------------------------------
@@ -581,22 +733,28 @@ while step < config.max_steps and not stopped_by:
     for key, value in cost.items():
         progress[key] += value
     speed = (cost.get("lm_tokens", 0) + cost.get("episode_tokens", 0)) / seconds
-    log({"step": step, "kind": kind, **line, "lr": lr, "grad_norm": norm, **progress, "tokens_per_second": speed})
+    line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, "skipped": skipped, "loss_scale": scaler.get_scale()}
+    log({"step": step, "kind": kind, **line, **progress, "tokens_per_second": speed})
     steady = steady or time.perf_counter()
     left = round((time.perf_counter() - steady) / max(1, step - first_step - 1) * (config.max_steps - step))
-    if step % config.log_interval == 0 or step == config.max_steps:
+    if step % config.log_interval == 0 or step == config.max_steps or not finite:
         shown = f"lm_loss {loss:.4f}" if kind == "lm" else f"meta_loss {loss:.4f}  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
+        shown += f"  lr {lr:.2e}  norm {norm:.2f}" if finite else f"  skipped: float16 overflow, loss scale now {scaler.get_scale():g}"
         eta = f"left {left // 60}m{left % 60:02d}s" if step > first_step + 1 else ""
-        say(f"step {step:6d}/{config.max_steps}  {shown}  lr {lr:.2e}  norm {norm:.2f}  {speed / 1e3:.1f}k tok/s  {eta}")
+        say(f"step {step:6d}/{config.max_steps}  {shown}  {speed / 1e3:.1f}k tok/s  {eta}")
     if step % config.eval_interval == 0 or step == config.max_steps:
         numbers = look()
-    if step % config.ckpt_interval == 0 or step == config.max_steps or stopped_by:
+    if step % config.ckpt_interval == 0 or step == config.max_steps or stopping:
         save(step)
 
-if stopped_by and step < config.max_steps:
+if world > 1:
+    dist.destroy_process_group()
+if stopping and step < config.max_steps:
     words = [*sys.argv[1:]] + ([] if config.resume else ["--resume=True"])
     say(f"stopped after step {step}. To go on: python train.py {shlex.join(words)}")
-    sys.exit(128 + stopped_by)
+    sys.exit(128 + (stopped_by or signal.SIGTERM))
+if rank:
+    sys.exit()
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -605,10 +763,11 @@ if stopped_by and step < config.max_steps:
 generator = torch.Generator(device).manual_seed(config.seed)
 with autocast, torch.compiler.set_stance("force_eager"):  # a text grows by a token a time: not worth a kernel for each length
     ids = model.generate(torch.tensor([[corpus.eot]], device=device), 160, temperature=0.8, top_k=50, generator=generator)[0, 1:].tolist()
+peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 say(f"\n{decode(corpus.encoding, ids[: ids.index(corpus.eot)] if corpus.eot in ids else ids).strip()}\n")
 say(f"result  val_loss {numbers['val_loss']:.4f}, {numbers['val_bits_per_byte']:.4f} bits per byte, after {step:,} steps, "
       f"{progress['lm_tokens']:,} LM tokens, {progress['episode_tokens']:,} episode tokens, {progress['flops']:.2e} FLOPs, "
-      f"{time.perf_counter() - started:.0f} s")
+      f"{time.perf_counter() - started:.0f} s, peak memory {peak / 2**30:.2f} GiB")
 if "heldout_query_acc" in numbers:
     say(f"result  held-out words: query accuracy {numbers['heldout_query_acc']:.3f} ± {numbers['heldout_query_acc_se']:.3f} after adaptation, "
           f"{numbers['heldout_query_acc_before']:.3f} before, chance {1 / config.n_way:.3f}")
@@ -616,4 +775,10 @@ if config.expected:
     corpus_hash = corpus.meta["corpus_hash"]
     other = "" if corpus_hash in config.expected else f"; this corpus is {corpus_hash} (other package versions), so expect a slightly other number"
     say(f"expect  {config.expected}{other}")
-say(f"curves  {plot()}\nrun     {config.out_dir}")
+curves = plot()
+say(f"curves  {curves}\nrun     {config.out_dir}")
+if tracker:
+    import wandb
+
+    tracker.log({"curves": wandb.Image(curves)}, step=step)
+    tracker.finish()
