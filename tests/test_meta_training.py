@@ -79,7 +79,6 @@ MISTAKES = {  # what is set, and what the one line says
     "no query": ({"q_query": 0}, ["q_query = 0"]),
     "a blank never seen": ({"readout": "mask", "meta_ratio": 0}, ["readout = mask", "meta_ratio"]),
     "unknown read-out": ({"readout": "first"}, ["readout = 'first'", "before, mask, last"]),
-    "uneven parts": ({"episodes_per_step": 4, "micro_episodes": 3}, ["micro_episodes = 3", "episodes_per_step = 4"]),
     "share above one": ({"meta_ratio": 1.5}, ["meta_ratio = 1.5"]),
     "share below zero": ({"meta_ratio": -0.1}, ["meta_ratio = -0.1"]),
     "share not a number": ({"meta_ratio": "nan"}, ["meta_ratio = nan"]),

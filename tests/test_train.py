@@ -380,7 +380,6 @@ MISTAKES = {  # name: what the one line says
     "bad batch_size": ["batch_size = 0", "at least 1"],
     "bad n_kv_heads": ["n_kv_heads = 3", "n_heads = 4"],
     "bad n_heads": ["d_model = 32", "n_heads = 5"],
-    "bad micro_batch_size": ["micro_batch_size = 3", "batch_size = 8"],
     "bad meta_ratio": ["meta_ratio = 2.0"],
     "bad schedule": ["'stairs'", "linear, cosine, constant"],
     "bad device": ["'tpu'", "auto, cpu, cuda"],
