@@ -430,8 +430,8 @@ def run_episodes_through(field, head, steps):
 
     def logits(params, windows):  # windows: tokens (M, L) and the positions (M,) to read -> (M, N)
         with inner_autocast:
-            features = torch.func.functional_call(reader, {name: p for name, p in params.items() if name in target}, windows)  # (M, C)
-        return maml.head_logits({name[5:]: p for name, p in params.items() if name not in target}, maml.scaled(features))
+            features = torch.func.functional_call(reader, {name: params[name] for name in target}, windows)  # (M, C)
+        return maml.head_logits({name: params[f"head.{name}"] for name in head}, maml.scaled(features))
 
     losses, numbers = [], []
     # Compiled blocks know nothing of torch.func, and fused attention has no second derivative.

@@ -1,0 +1,12 @@
+"""The 181M model: 768 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 3072; 181,095,168 parameters with a vocabulary of 50,304.
+
+The paper's recipe (Africa et al. 2025) on a corpus data/large; for one GPU, or several with torchrun. Lower micro_batch_size and micro_episodes where
+memory ends.
+"""
+d_model, n_layers, n_heads, n_kv_heads, d_ff = 768, 12, 12, 4, 3072
+out_dir, dataset = "out/181m", "large"
+meta_ratio = 0.5  # half of the steps are meta steps; 0 is the vanilla baseline
+max_steps, lr, warmup_steps = 6000, 3e-4, 2500  # the paper's
+batch_size, block_size, micro_batch_size = 256, 512, 16  # what its run most likely used: 131,072 tokens an LM step
+n_way, k_shot, inner_steps = 32, 4, 10  # the paper's
+episodes_per_step, episode_len, micro_episodes = 8, 128, 1  # 131,072 tokens of support and as many of query a meta step
