@@ -1,5 +1,6 @@
 """data/prepare.py against other readings of what it writes: inspect, pkgutil, rustbpe's own encoder, a tiktoken Encoding built here."""
 import base64
+import fcntl
 import gzip
 import hashlib
 import importlib
@@ -23,7 +24,9 @@ import pyarrow.parquet
 import pytest
 import rustbpe
 import tiktoken
+from tiktoken_ext import openai_public
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask for more than is here
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
 PACKAGES = "json,email,logging,collections,concurrent,unittest,importlib,xml"
 
@@ -197,10 +200,10 @@ def test_sources_columns_and_blank_documents(jsonl, texts, tmp_path):
     """Two sources in the order given, each with its range of val.bin; a document without text is none."""
     write_jsonl(tmp_path / "b.jsonl", [*texts[:150], None, "", " \n"], column="body")
     write_jsonl(tmp_path / "a.jsonl", texts[150:], column="body")
-    paths = f"{tmp_path / 'b.jsonl'},{tmp_path / 'a.jsonl'}"
-    build("two", f"--source={paths}", "--column=body", f"--tokenizer={jsonl.folder}", f"--data_dir={tmp_path}", "--val_fraction=0.2")
+    paths = f"--source={tmp_path / 'b.jsonl'}", f"--source=second={tmp_path / 'a.jsonl'}"
+    build("two", *paths, "--column=body", f"--tokenizer={jsonl.folder}", f"--data_dir={tmp_path}", "--val_fraction=0.2")
     two = Corpus(tmp_path / "two")
-    assert [source["name"] for source in two.meta["sources"]] == ["b.jsonl", "a.jsonl"]
+    assert [source["name"] for source in two.meta["sources"]] == ["b.jsonl", "second"]
     for source, part in zip(two.meta["sources"], (texts[:150], texts[150:]), strict=True):
         assert source["documents"] == len(part)
         assert two.documents("val", *source["val_range"]) == [text for text in part if in_val(text, 0.2)]
@@ -215,17 +218,258 @@ def test_reused_tokenizer_gives_the_same_ids(jsonl, tmp_path):
 
 def test_batches_bound_memory_and_change_nothing(jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH", 1000)
-    endless = prepare.batches(("key", "x" * 300) for _ in itertools.count())
-    assert [len(batch) for batch in itertools.islice(endless, 3)] == [4, 4, 4]
+    endless = prepare.batches([Endless("x" * 300)], [0, None])
+    assert [(position, len(batch)) for position, batch in itertools.islice(endless, 3)] == [([0, None], 4), ([0, 4], 4), ([0, 8], 4)]
     build("small", f"--source={jsonl.folder.parent / 'texts.jsonl'}", "--vocab_size=700", f"--data_dir={tmp_path}")
     assert Corpus(tmp_path / "small").contents() == jsonl.contents()
 
 
-def test_vocabulary_is_trained_on_a_bounded_sample_of_each_shard(monkeypatch):
+def test_vocabulary_is_trained_on_a_bounded_sample_of_each_stream(monkeypatch):
     monkeypatch.setattr(prepare, "SAMPLE", 20_000)
-    quixotic, zymurgy = (itertools.repeat(("key", word)) for word in ("quixotic ", "zymurgy "))    # shards without end
-    tokenizer = prepare.train_tokenizer([("one", [quixotic]), ("two", [zymurgy])], 271, 0.05)    # 256 + 7 + 6 merges + 2
+    sources = [prepare.Source("both", [Endless("quixotic "), Endless("zymurgy ")])]
+    tokenizer = prepare.train_tokenizer(sources, 271, 0.05)    # 256 + 7 + 6 merges + 2
     assert b"quixotic" in tokenizer.ranks and b"zymurgy" in tokenizer.ranks
+
+
+def test_a_short_source_counts_several_times_in_a_weighted_vocabulary(texts):
+    """Up to its share, as if its texts stood there as often: what rustbpe makes of just that."""
+    long, short = [[text for text in part if not in_val(text)] for part in (texts[20:], texts[:20])]
+    times = round(sum(map(len, long)) / 3 / sum(map(len, short)))
+    assert times > 2
+    sources = [prepare.Source("long", [prepare.Listed([(text, text) for text in long])], 3.0),
+               prepare.Source("short", [prepare.Listed([(text, text) for text in short])], 1.0)]
+    oracle = rustbpe.Tokenizer()
+    oracle.train_from_iterator(iter(long + short * times), 398, pattern=prepare.PATTERN)
+    assert list(prepare.train_tokenizer(sources, 400, 0.05).ranks) == [bytes(token) for token, _ in oracle.get_mergeable_ranks()]
+
+
+def test_a_million_spaces(tmp_path):
+    """Both regex engines panic at such runs if they come in one piece."""
+    lines = ["an ordinary line of a file"] * 60
+    spaces = ["x" + " " * 1_200_000 + "y", "\n \n" * 400_000, "tail " + "\t" * 29_999]
+    documents = spaces + [f"{line} {n}" for n, line in enumerate(lines)]
+    write_jsonl(tmp_path / "spaces.jsonl", ["z", *documents])
+    build("spaces", f"--source={tmp_path / 'spaces.jsonl'}", "--vocab_size=300", "--val_fraction=0.2", f"--data_dir={tmp_path}")
+    corpus = Corpus(tmp_path / "spaces")
+    found = corpus.documents("train") + corpus.documents("val")
+    assert sorted(found) == sorted(["z", *(text for text in documents if not text.isspace())])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face datasets, several sources, GPT-2
+
+class Endless:
+    """A stream without end of one text."""
+
+    def __init__(self, text):
+        self.text, self.size = text, None
+
+    def read(self, state=None):
+        for self.count in itertools.count((state or 0) + 1):
+            yield "key", self.text
+
+    def state(self):
+        return self.count
+
+
+@pytest.fixture(scope="module")
+def dataset(texts, tmp_path_factory):
+    """A folder laid out like a dataset on the hub: two configurations, three parquet files, two splits, the text in a column `body`."""
+    folder = tmp_path_factory.mktemp("hub") / "some_dataset"
+    folder.mkdir()
+    for number, part in enumerate((texts[:90], texts[90:91], texts[91:])):
+        table = pyarrow.table({"id": range(len(part)), "body": part})
+        pyarrow.parquet.write_table(table, folder / f"train-{number}.parquet", row_group_size=7)
+    write_jsonl(folder / "other.jsonl", ["one", "two"])
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: train-*.parquet\n"
+        "- config_name: other\n  data_files:\n  - split: test\n    path: other.jsonl\n---\n")
+    return folder
+
+
+def test_a_dataset_is_streamed_like_a_file(dataset, jsonl, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    build("hub", f"--source=hf:{dataset},main,,body", f"--tokenizer={jsonl.folder}", f"--data_dir={tmp_path}")
+    build("named", f"--source=few=hf:{dataset},main,train", "--column=body", f"--tokenizer={jsonl.folder}", f"--data_dir={tmp_path}")
+    assert Corpus(tmp_path / "hub").contents() == Corpus(tmp_path / "named").contents() == jsonl.contents()
+    assert [Corpus(tmp_path / name).meta["sources"][0]["name"] for name in ("hub", "named")] == ["some_dataset", "few"]
+    assert not list(tmp_path.rglob("*.parquet")) and not (tmp_path / "cache").exists()    # no text on the disk
+
+
+def mixed_command(dataset, texts, folder, *more):
+    """Three sources of different kinds, 5 : 2 : 1, without a document in common."""
+    write_jsonl(folder / "a.jsonl", [f"A{n} {text}" for n, text in enumerate(texts)])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": f"B{n} {text[::-1]}"}) + "\n"
+                                                              for n, text in enumerate(texts[:50])).encode()))
+    return ["mixed", f"--source=first={folder / 'a.jsonl'}", f"--source=second={folder / 'b.jsonl.gz'}", f"--source=third=hf:{dataset},main,,body",
+            "--weights=5,2,1", "--val_fraction=0.2", f"--data_dir={folder}", *more]
+
+
+def test_weights(dataset, jsonl, texts, tmp_path, capfd):
+    """Each document comes from the source furthest behind; each source keeps its order, its range of val.bin, and never repeats."""
+    args = mixed_command(dataset, texts, tmp_path, f"--tokenizer={jsonl.folder}")
+    build(*args)
+    mixed, parts = Corpus(tmp_path / "mixed"), [[f"A{n} {text}" for n, text in enumerate(texts)],
+                                               [f"B{n} {text[::-1]}" for n, text in enumerate(texts[:50])], texts]
+    queues = [[text for text in part if not in_val(text, 0.2)] for part in parts]
+    tokens, weights, expected, at_end = [0, 0, 0], (5, 2, 1), [], None
+    encoding = mixed.encoding()
+    while any(queues):
+        left = [number for number in range(3) if queues[number]]
+        number = min(left, key=lambda number: tokens[number] / weights[number])
+        expected.append(queues[number].pop(0))
+        tokens[number] += len(encoding.encode_ordinary(expected[-1])) + 1
+        at_end = at_end or (not queues[number] and tokens.copy())
+    assert mixed.documents("train") == expected
+    assert at_end[1] / sum(at_end) == pytest.approx(2 / 8, abs=0.03) and at_end[0] / sum(at_end) == pytest.approx(5 / 8, abs=0.03)
+    assert [source["train_tokens"] for source in mixed.meta["sources"]] == tokens
+    end = 0
+    for source, part in zip(mixed.meta["sources"], parts, strict=True):
+        held = mixed.documents("val", *source["val_range"])
+        assert held == [text for text in part if in_val(text, 0.2)] and source["val_range"][0] == end
+        assert source["val_bytes"] == sum(len(text.encode()) for text in held)
+        end = source["val_range"][1]
+    assert end == len(mixed.tokens["val"])
+    output, errors = capfd.readouterr()
+    assert re.search(r"second has run out .*: first 6[0-9.]+%, second 2[0-9.]+%, third 1[0-9.]+%", errors)
+    assert "shares of the training tokens: " + ", ".join(f"{name} {n / sum(tokens):.1%}" for name, n in
+                                                         zip(("first", "second", "third"), tokens, strict=True)) in output
+
+    build(*args, "--max_tokens=2000")
+    short = Corpus(tmp_path / "mixed")
+    documents = short.documents("train")
+    assert documents == expected[: len(documents)] and len(short.tokens["train"]) >= 2000
+    assert short.tokens["train"][:2000].tolist() == mixed.tokens["train"][:2000].tolist()
+    assert short.end not in short.tokens["train"][1999:-1]    # ends with the document that reaches it
+    assert (short.meta["max_tokens"], [source["weight"] for source in short.meta["sources"]]) == (2000, [5, 2, 1])
+
+
+def test_validation_tokens_are_bounded(jsonl, texts, tmp_path, capfd):
+    """What is above the bound is in neither file, so that no copy of a validation document can be in train.bin."""
+    write_jsonl(tmp_path / "texts.jsonl", texts)
+    build("few", f"--source={tmp_path / 'texts.jsonl'}", f"--tokenizer={jsonl.folder}", f"--data_dir={tmp_path}", "--val_tokens=1000")
+    few, everything = Corpus(tmp_path / "few"), jsonl.documents("val")
+    held = few.documents("val")
+    assert few.documents("train") == jsonl.documents("train") and 0 < len(held) < len(everything) and held == everything[: len(held)]
+    assert len(few.tokens["val"]) >= 1000 and few.end not in few.tokens["val"][999:-1]
+    assert few.meta["sources"][0]["left_out"] == len(everything) - len(held)
+    assert f"{len(everything) - len(held):,} documents are in neither file" in capfd.readouterr().out
+
+
+def test_gpt2(jsonl, tmp_path, monkeypatch):
+    """tiktoken's own definition of gpt2, only with other merges, for its files are downloaded."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"the ": 256, b" a": 257} | {b"%07d" % number: number for number in range(258, 50_256)}
+    monkeypatch.setattr("tiktoken_ext.openai_public.data_gym_to_mergeable_bpe_ranks", lambda **files: ranks)
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    build("gpt2", f"--source={jsonl.folder.parent / 'texts.jsonl'}", "--tokenizer=gpt2", f"--data_dir={tmp_path}")
+    gpt2 = Corpus(tmp_path / "gpt2")
+    assert gpt2.meta["special_tokens"] == {"<|endoftext|>": 50_256, "<|mask|>": 50_257} and gpt2.meta["vocab_size"] == 50_304
+    assert gpt2.ranks == ranks and gpt2.meta["pattern"] == openai_public.r50k_pat_str
+    assert gpt2.documents("train") == jsonl.documents("train") and gpt2.documents("val") == jsonl.documents("val")
+    assert 257 in gpt2.tokens["train"] and 50_257 not in gpt2.tokens["train"]
+
+
+def test_gpt2_offline(tmp_path):
+    environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    (tmp_path / "a.txt").write_text("text")
+    args = command("gpt2", f"--source={tmp_path / 'a.txt'}", "--tokenizer=gpt2", f"--data_dir={tmp_path}")
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: --tokenizer=gpt2 is downloaded by tiktoken .*; go online, .* or train a vocabulary .*\n", done.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Going on after an interruption
+
+def test_kill_9_and_the_same_command_again(dataset, texts, tmp_path, monkeypatch, capfd):
+    """A real one, in the middle of three sources; what is saved then is used, and the bytes are those of an undisturbed build."""
+    args = mixed_command(dataset, texts, tmp_path, "--vocab_size=400", "--workers=1")
+    wrapper = (f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import prepare; prepare.SAVE, prepare.BATCH = 0, 3000; "
+               f"sys.argv = ['prepare.py', *{args!r}]; prepare.main(prepare.arguments())")
+    process = subprocess.Popen([sys.executable, "-c", wrapper], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    state, until, documents = tmp_path / "mixed" / "partial" / "state.json", time.time() + 60, 0
+    while documents < 60:
+        assert process.poll() is None and time.time() < until
+        time.sleep(0.005)
+        if state.exists():
+            done = json.loads(state.read_text())["done"]
+            documents = sum(source["train"]["documents"] for source in done)
+    process.kill()
+    process.communicate()
+    with open(state.parent / "train.bin", "ab") as file:
+        file.write(b"more than the state knows of")
+    assert not (tmp_path / "mixed" / "meta.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "train_tokenizer", None)    # it would not be the same command if this were called
+        build(*args[:-1], "--workers=2")
+    resumed, meta = Corpus(tmp_path / "mixed").contents(), Corpus(tmp_path / "mixed").meta
+    files = sorted(file.name for file in (tmp_path / "mixed").iterdir())
+    assert files == ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
+    build(*args)
+    assert Corpus(tmp_path / "mixed").contents() == resumed and Corpus(tmp_path / "mixed").meta == meta
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def test_cut_anywhere(dataset, jsonl, texts, tmp_path, monkeypatch):
+    """Again and again, at every 19th document: none is lost or comes twice. And another command starts over."""
+    monkeypatch.setattr(prepare, "BATCH", 2000)
+    args = mixed_command(dataset, texts[:80], tmp_path, f"--tokenizer={jsonl.folder}", "--max_tokens=9000", "--val_tokens=1500")
+    build(*args)
+    undisturbed, meta, encoded = Corpus(tmp_path / "mixed").contents(), Corpus(tmp_path / "mixed").meta, prepare.encoded
+    documents = itertools.count(1)
+    monkeypatch.setattr(prepare, "SAVE", -1)
+
+    def cut(source, encode):
+        for document in encoded(source, encode):
+            if next(documents) % 19 == 0:
+                raise PowerCut
+            yield document
+
+    monkeypatch.setattr(prepare, "encoded", cut)
+    cuts = 0
+    while cuts == 0 or not (tmp_path / "mixed" / "meta.json").exists() or (tmp_path / "mixed" / "partial").exists():
+        try:
+            build(*args)
+        except PowerCut:
+            cuts += 1
+    assert cuts > 3
+    assert Corpus(tmp_path / "mixed").contents() == undisturbed and Corpus(tmp_path / "mixed").meta == meta
+
+    with pytest.raises(PowerCut):
+        build(*args)
+    assert (tmp_path / "mixed" / "partial" / "state.json").exists()
+    monkeypatch.setattr(prepare, "encoded", encoded)
+    build(*args, "--val_fraction=0.3")
+    other = Corpus(tmp_path / "mixed").contents()
+    build(*args, "--val_fraction=0.3")
+    assert Corpus(tmp_path / "mixed").contents() == other != undisturbed
+
+
+def test_stopped_in_the_middle(dataset, texts, tmp_path):
+    """SIGTERM after a save: one line says that the same command goes on."""
+    args = mixed_command(dataset, texts, tmp_path, "--vocab_size=400")
+    code = (f"import sys, signal, os; sys.path.insert(0, {str(SCRIPT.parent)!r}); import prepare; prepare.SAVE = -1; save = os.replace; "
+            "signal.signal(signal.SIGTERM, prepare.stop); "
+            "os.replace = lambda *names: (save(*names), str(names[1]).endswith('state.json') and os.kill(os.getpid(), signal.SIGTERM)); "
+            f"sys.argv = ['prepare.py', *{args!r}]; prepare.main(prepare.arguments())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (143, "stopped, the same command goes on from here")
+    assert (tmp_path / "mixed" / "partial" / "state.json").exists() and not (tmp_path / "mixed" / "meta.json").exists()
+
+
+def test_two_at_once(jsonl, capfd):
+    before = jsonl.contents()
+    opened = os.open(jsonl.folder, os.O_RDONLY)
+    fcntl.flock(opened, fcntl.LOCK_EX)
+    with pytest.raises(SystemExit):
+        build("corpus", f"--source={jsonl.folder.parent / 'texts.jsonl'}", "--vocab_size=300", f"--data_dir={jsonl.folder.parent}")
+    os.close(opened)
+    assert capfd.readouterr().err == f"error: another process is preparing {jsonl.folder}: wait until it has ended\n"
+    assert jsonl.contents() == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,6 +610,19 @@ ERRORS = {
     "corpus --source=good.jsonl --vocab_size=60000": "too short for --vocab_size=60000",
     "corpus --source=good.jsonl --val_fraction=1": "--val_fraction=1.0 is not between 0 and 1",
     "corpus --source=good.jsonl --workers=0": "--workers=0",
+    "corpus --source=good.jsonl --source=more/good.jsonl": "two sources have one name (good.jsonl, good.jsonl): give names",
+    "corpus --source=good.jsonl --weights=1,2": "--weights has 2 numbers for 1 sources",
+    "corpus --source=good.jsonl --weights=0": "--weights: invalid weights value: '0'",
+    "corpus --source=good.jsonl --source=b=good.jsonl --max_tokens=9": "--max_tokens with several sources needs --weights",
+    "corpus --source=good.jsonl --max_tokens=0": "--max_tokens=0 is less than 1",
+    "corpus --source=good.jsonl --source=blank.jsonl": "no document with text in blank.jsonl",
+    "corpus --source=hf:": "is not hf:DATASET[,config][,split][,column]",
+    "corpus --source=hf:a,b,c,d,e": "is not hf:DATASET[,config][,split][,column]",
+    "corpus --source=hf:no/such_dataset": "hf:no/such_dataset: cannot be streamed: ",
+    "corpus --source=hf:hub,cc": "hf:hub: cannot be streamed: BuilderConfig 'cc' not found",
+    "corpus --source=hf:hub,,test": "hf:hub: cannot be streamed: Bad split: test. Available splits: ['train']",
+    "corpus --source=hf:hub,,,body": "hf:hub: no column 'body', but id, text",
+    "corpus --source=good.jsonl --tokenizer=many": "more than the 65536 ids that uint16 holds",
     "corpus --source=good.jsonl --tokenizer=empty": "--tokenizer=empty is not the folder of a prepared corpus: it has no meta.json",
     "corpus --source=good.jsonl --tokenizer=empty --vocab_size=300": "leave --vocab_size out",
     "corpus --source=good.jsonl --packages=json": "--packages is for docstrings only",
@@ -384,7 +641,15 @@ def test_errors_are_one_line(line, tmp_path, monkeypatch, capfd):
     Path("one.txt").write_text("Only one document, and the hash of it says train.")
     for name in ("nothing.jsonl", "notes.pdf", "bad.parquet", "bad.jsonl.gz"):
         Path(name).write_text("" if name == "nothing.jsonl" else "something else")
-    Path("empty").mkdir()
+    for folder in ("empty", "more", "hub", "many"):
+        Path(folder).mkdir()
+    for folder in ("more", "hub"):
+        shutil.copy("good.jsonl", folder)
+    if "many" in line:
+        many = b"".join(base64.b64encode(b"%07d" % number) + b" %d\n" % number for number in range(65_535))
+        Path("many/tokenizer.tiktoken").write_bytes(many)
+        Path("many/meta.json").write_text(json.dumps({"sha256": {"tokenizer.tiktoken": hashlib.sha256(many).hexdigest()},
+                                                      "pattern": prepare.PATTERN, "special_tokens": {"a": 65_535, "b": 65_536}}))
     with pytest.raises(SystemExit) as stop:
         build(*line.split(), "--data_dir=data")
     captured = capfd.readouterr()
@@ -421,4 +686,5 @@ def test_help(capfd):
         build("--help")
     output = capfd.readouterr().out
     assert stop.value.code == 0 and "$ python data/prepare.py docstrings" in output
-    assert all(f"--{key}" in output for key in ("source", "column", "packages", "vocab_size", "tokenizer", "val_fraction", "data_dir"))
+    assert all(f"--{key}" in output for key in ("source", "column", "packages", "vocab_size", "tokenizer", "val_fraction", "data_dir",
+                                                  "weights", "max_tokens", "val_tokens")) and "hf:" in output
