@@ -565,6 +565,9 @@ def plot():
     top, bottom = axes[0, 0], axes[-1, 0]
     top.plot(*curve("lm", "lm_loss"), color="0.75", linewidth=0.8, label="training, each step")
     top.plot(*val, color="#0072b2", marker="o", markersize=4, label="validation")
+    sources = [key for key in next((line for line in log_lines if line["kind"] == "eval"), {}) if key.startswith("val_loss/")]
+    for key, color in zip(sources, ["#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#d55e00", "#f0e442"], strict=False):
+        top.plot(*curve("eval", key), color=color, marker=".", linewidth=0.9, label=f"validation, {key.partition('/')[2]}")
     top.set(ylabel="LM loss (nats per token)", title=f"{config.out_dir}: validation loss {val[1, -1]:.3f} after {int(val[0, -1]):,} steps")
     top.legend(frameon=False)
     if heldout.size:
@@ -678,6 +681,7 @@ def look():
     tick()
     log({"step": step, "kind": "eval", **numbers, **progress})
     shown = f"val_loss {numbers['val_loss']:.4f}  bits/byte {numbers['val_bits_per_byte']:.4f}"
+    shown += "".join(f"  {key.partition('/')[2]} {value:.4f}" for key, value in numbers.items() if key.startswith("val_loss/"))
     for key in ("heldout_query_acc", "val_query_acc"):
         shown += f"  {key} {numbers[key]:.3f}±{numbers[key + '_se']:.3f}" if key in numbers else ""
     say(f"eval {step:6d}/{config.max_steps}  {shown}")
