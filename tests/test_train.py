@@ -126,6 +126,26 @@ def test_validation_loss_is_that_of_the_saved_model_on_evenly_spaced_rows(quick_
     assert state["step"] == STEPS
 
 
+def test_each_source_of_a_corpus_has_its_loss(quick_start, data_dir, tmp_path):
+    """On rows spread over its own tokens of the validation text; a source that is shorter than a row has none."""
+    shutil.copytree(data_dir / "docstrings", tmp_path / "docstrings")
+    _, val, meta = corpus_of(tmp_path)
+    ranges = {"first": [0, 5000], "tiny": [5000, 5000 + T], "second": [5000 + T, len(val)]}
+    sources = [{"name": name, "val_range": val_range} for name, val_range in ranges.items()]
+    (tmp_path / "docstrings/meta.json").write_text(json.dumps(meta | {"sources": sources}))
+    done = run_script("train.py", *settings(quick_start.words, data_dir=tmp_path, out_dir=tmp_path / "run", max_steps=1))
+    model, _, _ = load_model(str(tmp_path / "run"))
+    last = log_of(tmp_path / "run", "eval")[-1]
+    assert {key for key in last if key.startswith("val_loss/")} == {"val_loss/first", "val_loss/second"}
+    assert f"  second {last['val_loss/second']:.4f}" in done.stdout
+    for name in ("first", "second"):
+        begin, end = ranges[name]
+        starts = [begin + int(i * (end - begin - T - 1) / (4 * B - 1)) for i in range(4 * B)]
+        batch = torch.from_numpy(np.stack([val[start : start + T + 1] for start in starts]))
+        loss = torch.nn.functional.cross_entropy(model.logits(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        assert last[f"val_loss/{name}"] == pytest.approx(loss.item(), rel=1e-5)
+
+
 def test_first_steps_are_those_of_a_loop_written_by_hand(quick_start, data_dir):
     """AdamW, clipping, warm-up and rows, spelt out; decay on matrices only."""
     train, _, _ = corpus_of(data_dir)
@@ -261,7 +281,7 @@ def results(quick_start, data_dir, tmp_path_factory):
     case("raised", resume=True, max_steps=STEPS + 10, expected="loss 1.23 on corpus 0123456789ab")
     # Settings
     for name, value in {
-        "lr": 2, "batch_size": 0, "n_kv_heads": 3, "n_heads": 5, "micro_batch_size": 3, "meta_ratio": 2, "schedule": "stairs", "device": "tpu",
+        "lr": 2, "batch_size": 0, "n_kv_heads": 3, "n_heads": 5, "meta_ratio": 2, "schedule": "stairs", "device": "tpu",
         "dtype": "int8", "warmup_steps": -1, "max_steps": 0, "grad_clip": -1, "weight_decay": "nan", "seed": 10**30, "block_size": 10**6, "d_ff": 1.5,
         "max_stepz": 3,
     }.items():  # fmt: skip
