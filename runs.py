@@ -4,6 +4,8 @@ A corpus is a folder of four files written by data/prepare.py; a run is a folder
 ever executed, checkpoints are read with weights_only=True, and sizes and hashes are checked before use.
 """
 import base64
+import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -12,10 +14,13 @@ import pickle
 import re
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
 from model import Llama, ModelConfig
 
@@ -167,3 +172,62 @@ def read_log(out_dir, up_to=math.inf):
                 except ValueError:
                     break
     return [line for line in lines if line["step"] <= up_to]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------------------
+# Text to evaluate on
+
+READERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}  # suffix of a file -> reader of `datasets`
+
+
+def text_files(folder):
+    """The files of text in a folder, by name: {"news": ["<folder>/news.jsonl.gz"]}. A name is the path in the folder without its suffix.
+
+    The .txt files of a folder hold one document each and go together, under the folder's name. A path of one file gives that file alone.
+    """
+    named = {}
+    for path in sorted(Path(folder).rglob("*")) if os.path.isdir(folder) else [Path(folder)]:
+        suffix = Path(path.name.removesuffix(".gz")).suffix
+        if suffix in READERS and path.is_file():
+            inside = path.relative_to(folder) if os.path.isdir(folder) else Path(path.name)
+            whole = inside.parent if suffix == ".txt" else inside.parent / inside.name.removesuffix(".gz").removesuffix(suffix)
+            named.setdefault(Path(folder).resolve().name if whole == Path() else str(whole), []).append(str(path))
+    return named or fail(f"no text in {folder}: no file that ends in {', '.join(READERS)} (or these with .gz)")
+
+
+@contextlib.contextmanager
+def datasets_library(name):
+    """The Hugging Face `datasets` module, for reading `name`: what it raises in the body ends the program with one line."""
+    import datasets  # here, because it takes two seconds
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    except Exception as error:  # each reader has its own ways to complain
+        if "gated" in str(error).lower():
+            fail(f"{name} is gated: accept its conditions at https://huggingface.co/datasets/{name}, then log in: `hf auth login`, or set HF_TOKEN")
+        fail(f"cannot read {name}: " + ("it is empty" if isinstance(error, StopIteration) else " ".join(str(error).split()) or type(error).__name__))
+
+
+def read_columns(name, columns, *where, **options):
+    """Rows of `columns`, as tuples, of the dataset that datasets.load_dataset(*where, **options) names, streamed; `name` is for messages."""
+    rows = []
+    with datasets_library(name) as datasets, TemporaryDirectory() as cache:  # files on the disk leave lock files in their cache, and no more
+        for row in tqdm(datasets.load_dataset(*where, streaming=True, cache_dir=cache, **options), f"reading {name}", unit=" rows", disable=None):
+            for column in columns:
+                if column not in row:
+                    fail(f"{name} has no column {column!r}, but {', '.join(map(repr, row))}: see --help for the setting that chooses one")
+            rows.append(tuple(row[column] for column in columns))
+    return rows
+
+
+def read_files(paths, columns):
+    """Rows of `columns`, as tuples, of files that `text_files` found; of a .txt file all is one text."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported: local files are nobody else's business
+    rows = []
+    for path in paths:
+        reader = READERS[Path(path.removesuffix(".gz")).suffix]
+        options = {"sample_by": "document"} if reader == "text" else {}
+        rows += read_columns(path, columns, reader, data_files=glob.escape(path), split="train", **options)
+    return rows
