@@ -107,7 +107,8 @@ def hf_tokenizer(encoding, meta):
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": meta["pattern"]}, "behavior": "Isolated", "invert": False}, by_bytes]},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-                  "byte_fallback": False, "ignore_merges": True, "vocab": {written(token): i for token, i in ranks.items()}, "merges": merges},
+                  "byte_fallback": False, "ignore_merges": True, "merges": merges,
+                  "vocab": {written(token): i for token, i in ranks.items()} | meta["special_tokens"]},
     }  # fmt: skip
 
 
