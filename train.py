@@ -654,12 +654,12 @@ made = {
 }  # fmt: skip
 log_file = tracker = None
 if not rank:
+    if config.wandb:
+        tracker = start_wandb()  # before anything is written: without a login there is no run yet
     for name in ("tokenizer.tiktoken", "meta.json"):
         shutil.copyfile(os.path.join(corpus_dir, name), os.path.join(config.out_dir, name))
     write_atomic(config_path, lambda file: file.write(json.dumps(dataclasses.asdict(config) | made, indent=2).encode()))
     log_file = open(log_path, "a", encoding="utf8")
-    if config.wandb:
-        tracker = start_wandb()
 
 
 def log(line):
