@@ -241,6 +241,15 @@ def over_all(tensor):
     return tensor
 
 
+def leave(code):
+    """End this process. One of several does not wait for its threads: torch aborted one end in four with "terminate called" when it did."""
+    if world == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def chunks(n, size):
     """This process's share of n rows or episodes, as slices of at most `size`; 0 sets no limit."""
     first, last = rank * n // world, (rank + 1) * n // world
@@ -380,8 +389,8 @@ layers = sorted({int(word) for word in config.target_layers.split(",") if word})
 names = tuple(f"model.blocks.{i}.{beginning}" for i in layers for beginning in TARGETS[config.target])
 names += ("model.norm.",) if config.target in ("norms", "all") and not config.target_layers else ()
 target = {name: p for name, p in reader.named_parameters() if names and name.startswith(names)}
-# An inner gradient passes by no scaler: instead of float16 it takes float32. A cast weight that is kept would outlive its inner step.
-inner_autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16, cache_enabled=False)
+# An inner gradient passes by no scaler: instead of float16 it takes float32.
+inner_autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -752,13 +761,14 @@ while step < config.max_steps and not stopping:
         save(step)
 
 if world > 1:
+    over_all(torch.zeros(1, device=device))  # none leaves while another still speaks
     dist.destroy_process_group()
 if stopping and step < config.max_steps:
     words = [*sys.argv[1:]] + ([] if config.resume else ["--resume=True"])
     say(f"stopped after step {step}. To go on: python train.py {shlex.join(words)}")
-    sys.exit(128 + (stopped_by or signal.SIGTERM))
+    leave(128 + (stopped_by or signal.SIGTERM))
 if rank:
-    sys.exit()
+    leave(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -786,3 +796,4 @@ if tracker:
 
     tracker.log({"curves": wandb.Image(curves)}, step=step)
     tracker.finish()
+leave(0)

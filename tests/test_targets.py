@@ -22,6 +22,8 @@ ALL_OF = {  # kind -> its settings, and which parameters of two blocks must adap
     "mlp, second order": ({"target": "mlp", "second_order": True, "target_layers": "0"}, r"blocks\.0\.mlp\.(gate|up|down)"),
     "norms, second order": ({"target": "norms", "second_order": True}, r"(blocks\.[01]\..*_)?norm"),
     "all, second order": ({"target": "all", "second_order": True, "episodes_per_step": 2, "micro_episodes": 1}, r"blocks\.|norm"),
+    "all, bfloat16": ({"target": "all", "dtype": "bfloat16"}, r"blocks\.|norm"),
+    "all, bfloat16, second order": ({"target": "all", "dtype": "bfloat16", "second_order": True}, r"blocks\.|norm"),
 }
 MISTAKES = {
     "unknown": ({"target": "embeddings"}, ["target = 'embeddings'", "attention+mlp"]),
@@ -94,10 +96,11 @@ def test_meta_step_is_that_of_an_unrolled_loop(runs, kind):
     expected, loss_before, loss = by_hand(states[0], episodes, pattern, second_order)
     assert gradient.keys() == expected.keys() == (states[0]["model"] | states[0]["head"]).keys() - {"unembedding.weight"}
     largest = max(g.abs().max() for g in expected.values())
+    rough = 3e-2 if changes.get("dtype") == "bfloat16" else 1e-5
     for name, g in gradient.items():
-        assert (g - expected[name]).abs().max() < 2e-4 * largest, name
+        assert (g - expected[name]).abs().max() < rough * expected[name].abs().max(), name
     line = log_of(here / kind, "meta")[-1]
-    assert line["meta_loss"] == pytest.approx(loss, rel=1e-4) and line["query_loss_before"] == pytest.approx(loss_before, rel=1e-4)
+    assert line["meta_loss"] == pytest.approx(loss, rel=rough) and line["query_loss_before"] == pytest.approx(loss_before, rel=rough)
     # The comparison tells the two orders apart, and the target from its neighbours.
     for other, _, _ in (by_hand(states[0], episodes, pattern, not second_order), by_hand(states[0], episodes, r"embedding", second_order)):
         assert max((other[name] - g).abs().max() for name, g in expected.items()) > 3e-3 * largest
