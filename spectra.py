@@ -137,7 +137,9 @@ def measure(model, idx, targets=None, complain=None):
         "gradients/q", ..., "loss" ()                      and the gradients of the language-model loss
 
     A matrix that is not finite is a ValueError; with complain(text), it is told there, its values are NaN, and the others are still measured.
+    What a damaged weight does to activations and gradients is not told again.
     """
+    damaged = []
 
     def values(name, of, matrix, *shape):
         try:
@@ -145,9 +147,17 @@ def measure(model, idx, targets=None, complain=None):
         except ValueError as error:
             if complain is None:
                 raise
-            complain(str(error))
+            if name.startswith("weights") or not damaged:
+                complain(str(error))
+            damaged.append(name)
             return np.full(shape or min(matrix.shape), np.nan)
 
+    matrices = {role: [block.get_submodule(path).weight for block in model.blocks] for role, path in ROLES.items()}
+    matrices |= {"embedding": [model.embedding.weight], "unembedding": [model.unembedding.weight]}
+    measured = {f"weights/{role}": np.stack([values(f"weights/{role}/{i}", singular_values, w) for i, w in enumerate(matrices[role])])
+                for role in (matrices if targets is not None else ["down"])}  # fmt: skip
+    measured["weights/ov"] = np.stack([values(f"weights/ov/{layer}", ov_values, a, a.n_heads, a.head_dim)
+                                       for layer, a in enumerate(block.attention for block in model.blocks)])  # fmt: skip
     activations, hooks = [], []
     for layer, block in enumerate(model.blocks):
         hooks.append(block.register_forward_hook(lambda block, inputs, x, layer=layer: activations.append(
@@ -158,13 +168,7 @@ def measure(model, idx, targets=None, complain=None):
     finally:
         for hook in hooks:
             hook.remove()
-    matrices = {role: [block.get_submodule(path).weight for block in model.blocks] for role, path in ROLES.items()}
-    matrices |= {"embedding": [model.embedding.weight], "unembedding": [model.unembedding.weight]}
-    measured = {"activations": np.stack(activations), "entropy": np.stack(attentions.entropy)}
-    for role in matrices if targets is not None else ["down"]:
-        measured[f"weights/{role}"] = np.stack([values(f"weights/{role}/{i}", singular_values, w) for i, w in enumerate(matrices[role])])
-    measured["weights/ov"] = np.stack([values(f"weights/ov/{layer}", ov_values, a, a.n_heads, a.head_dim)
-                                       for layer, a in enumerate(block.attention for block in model.blocks)])  # fmt: skip
+    measured |= {"activations": np.stack(activations), "entropy": np.stack(attentions.entropy)}
     if targets is not None:
         gradients = iter(torch.autograd.grad(loss, [w for group in matrices.values() for w in group]))  # unlike backward(), leaves no .grad
         for role, group in matrices.items():
@@ -278,6 +282,7 @@ def figure(arms, x="step", inside=True):
         "PER of activations": {f"per/activations/{last}": "after the last block", f"per/activations/{last // 2}": f"after block {last // 2}"},
         "attention entropy\n(share of uniform)": {"entropy/*": "mean of all heads"},
         "LM loss\n(nats per token)": {"val_loss": "validation"} | {key: key.removeprefix("val_loss/") for key in sources if len(sources) > 1},
+        "bits per byte\nof other texts": {"bits_per_byte/all": "all domains (eval_lm.py --step=all)"},
         f"query accuracy\n({config['n_way']}-way, {config['k_shot']}-shot)": {
             "heldout_query_acc": "held-out words, after adaptation", "heldout_query_acc_before": "before"},
     }  # fmt: skip
@@ -363,9 +368,9 @@ def heat_maps(arms, x="step"):
     for line_of_axes, (prefix, label) in zip(axes, rows.items(), strict=True):
         maps = []  # for each arm: where (n,), values (L, n)
         for arm in arms:
-            layers = [curve(arm.runs[0], f"{prefix}/{layer}", x) for layer in range(arm.config["n_layers"])]
-            layers = [c if c.size else np.full_like(max(layers, key=np.size), np.nan) for c in layers]
-            maps.append((layers[0][0], np.stack([values for _, values in layers])))
+            keys = [f"{prefix}/{layer}" for layer in range(arm.config["n_layers"])]
+            lines = [line for line in arm.runs[0] if line["kind"] == "eval" and any(key in line for key in keys)]
+            maps.append(([line[x] for line in lines], np.array([[line.get(key, np.nan) for line in lines] for key in keys])))
         low, high = (f([f(values) for _, values in maps]) for f in (np.nanmin, np.nanmax))
         for ax, (at, values), arm in zip(line_of_axes, maps, arms, strict=True):
             mesh = ax.pcolormesh(at, range(len(values)), values, vmin=low, vmax=high, cmap="cividis", shading="nearest")
@@ -478,6 +483,20 @@ def main():
             evals[step] |= summary(measured)
         return [line for line in lines if line["kind"] != "eval"] + [evals[step] for step in sorted(evals)]
 
+    def with_domains(folder, lines):
+        """The log with what eval_lm.py found at the steps of checkpoints, where it has looked."""
+        path = os.path.join(folder, "eval_lm.json")
+        if not os.path.exists(path):
+            return lines
+        try:
+            found = {int(step): float(groups["all"]["bits_per_byte"]) for step, groups in read_json(path)["steps"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fail(f"{path} is not what eval_lm.py writes; delete it, or run eval_lm.py {folder} --step=all again")
+        known = {line["step"]: line for line in lines if line["kind"] == "eval"}
+        for step, value in found.items():
+            known.setdefault(step, {"step": step, "kind": "eval", **{x: place(lines, step, x) for x in AXES}})["bits_per_byte/all"] = value
+        return [line for line in lines if line["kind"] != "eval"] + [known[step] for step in sorted(known)]
+
     settings, logs = {folder: settings_of(folder) for folder in folders}, {}
     for folder in folders[1:]:
         for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "corpus_hash"):
@@ -488,7 +507,7 @@ def main():
         lines = read_log(folder)
         if config.from_checkpoints or not curve(lines, SIGNAL).size:
             lines = measured_lines(folder, settings[folder], lines)
-        logs[folder] = lines
+        logs[folder] = with_domains(folder, lines)
 
     incidental = "out_dir data_dir seed device dtype compile resume expected micro_batch_size micro_episodes log_interval git argv system versions"
     groups = {}  # the settings that matter -> folders

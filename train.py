@@ -38,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import configurator
 import maml
 import smlmt
+import spectra
 from model import Llama, ModelConfig
 from runs import checkpoints, decode, fail, load_checkpoint, load_corpus, read_json, read_log, write_atomic
 
@@ -91,6 +92,7 @@ class Config:
     readout: str = "before"  # features are read before the blank, at it (mask), or at the last token of the window
     word_min_count: int = 20  # the band of words: least occurrences in the pool
     word_max_count: int = 5000  # most occurrences in the pool
+    on_collapse: str = "off"  # when an effective rank collapses: stop, vanilla (no meta steps from there), meta (none before), or off
     pool_tokens: int = 10_000_000  # text in memory for the episodes; refreshed every 1,000 steps where the corpus is larger
     # Meta-learning: inner loop
     inner_steps: int = 10  # gradient steps on the support set; 0 is the multi-task control
@@ -122,7 +124,7 @@ def check(config):
         if field.type is int and not least.get(field.name, 1) <= value < 2**63:
             fail(f"{field.name} = {value}: {field.name} must be at least {least.get(field.name, 1)}")
     choices = {"device": "auto cpu cuda", "dtype": "auto float32 bfloat16 float16", "schedule": "linear cosine constant",
-               "readout": "before mask last", "target": " ".join(TARGETS)}  # fmt: skip
+               "readout": "before mask last", "target": " ".join(TARGETS), "on_collapse": "off stop vanilla meta"}  # fmt: skip
     for name, words in choices.items():
         if getattr(config, name) not in words.split():
             fail(f"{name} = {getattr(config, name)!r}: {name} is one of {', '.join(words.split())}")
@@ -144,6 +146,11 @@ def check(config):
         fail(f"target = {config.target} does not adapt with inner_steps = 0: raise inner_steps, or take --target=head")
     if not 0 <= config.meta_ratio <= 1:
         fail(f"meta_ratio = {config.meta_ratio}: a share lies between 0 and 1 (0 is the vanilla baseline)")
+    if config.meta_ratio == 0 and config.on_collapse in ("vanilla", "meta"):
+        fail(f"on_collapse = {config.on_collapse} switches meta steps off or on, but meta_ratio = 0 has none: raise meta_ratio")
+    if config.on_collapse != "off" and (config.max_steps - config.warmup_steps) // config.eval_interval + 1 < spectra.LEAST_VALUES:
+        fail(f"on_collapse = {config.on_collapse} takes {spectra.LEAST_VALUES} evaluations after warm-up, and eval_interval = {config.eval_interval} "
+             "gives fewer: lower it")
     if config.meta_ratio == 0 and config.readout == "mask":
         fail("readout = mask needs meta_ratio above 0: language-model steps never show <|mask|>, so a vanilla model is read at before or last")
 
@@ -487,8 +494,14 @@ def cost_of(kind):
 
 
 def objective(step):
-    """"meta" with probability meta_ratio, else "lm"."""
-    return "meta" if draw(COIN, step).random() < config.meta_ratio else "lm"
+    """"meta" with probability meta_ratio, else "lm". With on_collapse, meta steps end, or begin, after the evaluation that saw the collapse."""
+    episodes = {"vanilla": not collapsed, "meta": collapsed}.get(config.on_collapse, True)
+    return "meta" if episodes and draw(COIN, step).random() < config.meta_ratio else "lm"
+
+
+def over():
+    """Whether the run has come to its end: the last step, or the collapse that it was to stop at."""
+    return step >= config.max_steps or (config.on_collapse == "stop" and collapsed)
 
 
 def lr_at(step):
@@ -552,6 +565,8 @@ def save(step):
         "scaler": scaler.state_dict(),
         "step": step, "progress": progress, "config": dataclasses.asdict(config) | {"vocab_size": corpus.vocab_size},
     }  # fmt: skip
+    measured = spectra.measure(model, *map(to_device, spectra.probe(corpus.val, config.block_size)), complain=say)
+    write_atomic(os.path.join(config.out_dir, f"spectra_{step:06d}.npz"), lambda file: np.savez(file, **measured))
     write_atomic(os.path.join(config.out_dir, f"ckpt_{step:06d}.pt"), lambda file: torch.save(state, file))
     for path in list(checkpoints(config.out_dir).values())[-3:-2]:
         older = load_checkpoint(path) | {"optimizer": {}, "scaler": {}}
@@ -560,43 +575,10 @@ def save(step):
 
 def plot():
     """Draw curves.png from log.jsonl: loss of the language model above, query accuracy of the episodes below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def curve(kind, name):  # (2, n): steps and values
-        return np.array([(line["step"], line[name]) for line in log_lines if line["kind"] == kind and name in line]).reshape(-1, 2).T
-
-    log_lines = read_log(config.out_dir)
-    val, heldout, meta = curve("eval", "val_loss"), curve("eval", "heldout_query_acc"), curve("meta", "query_acc")
-    figure, axes = plt.subplots(2 if heldout.size else 1, figsize=(8, 7 if heldout.size else 4), sharex=True, squeeze=False, layout="constrained")
-    top, bottom = axes[0, 0], axes[-1, 0]
-    top.plot(*curve("lm", "lm_loss"), color="0.75", linewidth=0.8, label="training, each step")
-    top.plot(*val, color="#0072b2", marker="o", markersize=4, label="validation")
-    sources = [key for key in next((line for line in log_lines if line["kind"] == "eval"), {}) if key.startswith("val_loss/")]
-    for key, color in zip(sources, ["#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#d55e00", "#f0e442"], strict=False):
-        top.plot(*curve("eval", key), color=color, marker=".", linewidth=0.9, label=f"validation, {key.partition('/')[2]}")
-    top.set(ylabel="LM loss (nats per token)", title=f"{config.out_dir}: validation loss {val[1, -1]:.3f} after {int(val[0, -1]):,} steps")
-    top.legend(frameon=False)
-    if heldout.size:
-        smooth = min(25, meta.shape[1])
-        if smooth:
-            for name, color in (("query_acc", "#e69f00"), ("query_acc_before", "#999999")):
-                acc = np.convolve(curve("meta", name)[1], np.ones(smooth) / smooth, "valid")
-                label = f"training words, {'after' if name == 'query_acc' else 'before'} adaptation (mean of {smooth} steps)"
-                bottom.plot(meta[0, smooth - 1 :], acc, color=color, linewidth=0.9, label=label)
-        bottom.errorbar(*heldout, yerr=curve("eval", "heldout_query_acc_se")[1], color="#d55e00", marker="o", markersize=4, capsize=2,
-                        label="held-out words, after adaptation (± s.e.)")
-        bottom.plot(*curve("eval", "heldout_query_acc_before"), color="#d55e00", linestyle=":", label="held-out words, before")
-        bottom.axhline(1 / config.n_way, color="black", linewidth=0.8, linestyle="--", label=f"chance, 1/{config.n_way}")
-        bottom.set(ylabel=f"query accuracy ({config.n_way}-way, {config.k_shot}-shot)", ylim=(0, None))
-        bottom.legend(frameon=False, fontsize="small")
-    bottom.set(xlabel="optimizer step")
-    for ax in axes.flat:
-        ax.grid(alpha=0.3)
-    path = os.path.join(config.out_dir, "curves.png")
-    write_atomic(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    lines, path = read_log(config.out_dir), os.path.join(config.out_dir, "curves.png")
+    label = f"{config.out_dir}: validation loss {numbers['val_loss']:.3f} after {step:,} steps"
+    drawn = spectra.figure([spectra.Arm(label, [lines], dataclasses.asdict(config))], inside=False)
+    write_atomic(path, lambda file: drawn.savefig(file, dpi=150, format="png"))
     return path
 
 
@@ -629,7 +611,8 @@ if config.resume:
     begun = read_json(config_path)
     for key, now in (dataclasses.asdict(config) | {"corpus_hash": corpus.meta["corpus_hash"]}).items():
         before = begun.get(key, getattr(Config, key, None))  # a run from before there was such a setting had its default
-        if key not in MAY_CHANGE and before != now:
+        watched = key == "eval_interval" and config.on_collapse != "off"  # other evaluations would see the collapse elsewhere
+        if (key not in MAY_CHANGE or watched) and before != now:
             fail(f"cannot resume {config.out_dir} with {key} = {now}: the run was begun with {key} = {before}")
     found = checkpoints(config.out_dir)
     if found:
@@ -655,6 +638,9 @@ if config.resume:
     if not rank:
         write_atomic(log_path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
     say(f"resume  {config.out_dir} after step {step}")
+
+evals = [line for line in kept if line["kind"] == "eval"]  # what on_collapse is decided from: logged values and nothing else
+collapsed = next((line for line in kept if line["kind"] == "collapse"), None)
 
 made = {
     "vocab_size": corpus.vocab_size, "corpus_hash": corpus.meta["corpus_hash"], "git": git_commit(), "argv": sys.argv[1:],
@@ -686,9 +672,19 @@ def log(line):
 
 def look():
     """Evaluate, log and print. The last evaluation takes more episodes, for a smaller standard error."""
+    global collapsed
     numbers = evaluate(n_episodes=64 if step == config.max_steps else 8)
+    inside = {} if rank else spectra.summary(spectra.measure(model, to_device(spectra.probe(corpus.val, config.block_size)[0]), complain=say))
+    level = over_all(torch.tensor(inside.get(spectra.SIGNAL, 0.0), dtype=torch.float64, device=device)).item()  # the first process's, for all
     tick()
-    log({"step": step, "kind": "eval", **numbers, **progress})
+    line = {"step": step, "kind": "eval", **numbers, **inside, **progress}
+    log(line)
+    evals.append(line | {spectra.SIGNAL: level})
+    found = spectra.change_point(evals, spectra.SIGNAL, config.warmup_steps) if config.on_collapse != "off" and not collapsed else None
+    if found:
+        collapsed = {"step": step, "kind": "collapse", **found, "action": config.on_collapse, **progress}
+        log(collapsed)
+        say(f"collapse  {spectra.SIGNAL} fell by {found['size']:.1%} at step {found['at']}, seen at step {step}: {config.on_collapse}")
     shown = f"val_loss {numbers['val_loss']:.4f}  bits/byte {numbers['val_bits_per_byte']:.4f}"
     shown += "".join(f"  {key.partition('/')[2]} {value:.4f}" for key, value in numbers.items() if key.startswith("val_loss/"))
     for key in ("heldout_query_acc", "val_query_acc"):
@@ -714,7 +710,7 @@ skipped, stopping = 0, False  # steps in a row that overflowed float16; whether 
 numbers = next((line for line in kept if line["kind"] == "eval" and line["step"] == step), None)  # a run that was over already was looked at then
 if numbers is None and step in (0, config.max_steps):
     numbers = look()
-while step < config.max_steps and not stopping:
+while not over() and not stopping:
     # ------------------------------------------------------------------------------------------------------------------------------------------------
     step += 1
     kind, lr = objective(step), lr_at(step)
@@ -757,13 +753,13 @@ while step < config.max_steps and not stopping:
         say(f"step {step:6d}/{config.max_steps}  {shown}  {speed / 1e3:.1f}k tok/s  {eta}")
     if step % config.eval_interval == 0 or step == config.max_steps:
         numbers = look()
-    if step % config.ckpt_interval == 0 or step == config.max_steps or stopping:
+    if step % config.ckpt_interval == 0 or over() or stopping:
         save(step)
 
 if world > 1:
     over_all(torch.zeros(1, device=device))  # none leaves while another still speaks
     dist.destroy_process_group()
-if stopping and step < config.max_steps:
+if stopping and not over():
     words = [*sys.argv[1:]] + ([] if config.resume else ["--resume=True"])
     say(f"stopped after step {step}. To go on: python train.py {shlex.join(words)}")
     leave(128 + (stopped_by or signal.SIGTERM))
