@@ -63,7 +63,8 @@ def test_quick_start_ends_with_a_number_a_paragraph_a_curve_and_the_folder(quick
 
 def test_run_folder(quick_start, data_dir):
     files = {path.name for path in quick_start.folder.iterdir()}
-    expected = {"config.json", "log.jsonl", "meta.json", "tokenizer.tiktoken", *(f"ckpt_{step:06d}.pt" for step in (40, 80, 120, 160))}
+    expected = {"config.json", "log.jsonl", "meta.json", "tokenizer.tiktoken", *(f"ckpt_{step:06d}.pt" for step in (40, 80, 120, 160)),
+                *(f"spectra_{step:06d}.npz" for step in (40, 80, 120, 160))}  # fmt: skip
     assert {name for name in files if not name.endswith(".png")} == expected and len(files) == len(expected) + 1
     for name in ("meta.json", "tokenizer.tiktoken"):
         assert (quick_start.folder / name).read_bytes() == (data_dir / "docstrings" / name).read_bytes()
