@@ -248,7 +248,7 @@ def over_all(tensor):
     return tensor
 
 
-def leave(code):
+def end(code):
     """End this process. One of several does not wait for its threads: torch aborted one end in four with "terminate called" when it did."""
     if world == 1:
         sys.exit(code)
@@ -762,9 +762,9 @@ if world > 1:
 if stopping and not over():
     words = [*sys.argv[1:]] + ([] if config.resume else ["--resume=True"])
     say(f"stopped after step {step}. To go on: python train.py {shlex.join(words)}")
-    leave(128 + (stopped_by or signal.SIGTERM))
+    end(128 + (stopped_by or signal.SIGTERM))
 if rank:
-    leave(0)
+    end(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -792,4 +792,4 @@ if tracker:
 
     tracker.log({"curves": wandb.Image(curves)}, step=step)
     tracker.finish()
-leave(0)
+end(0)

@@ -108,7 +108,7 @@ def test_stopped_together_and_a_death_ends_all(alone, tmp_path):
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 60 and process.returncode == 1
     ours = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(ours) == 1 and "another process of this run is gone" in ours[0] and "--resume=True" in ours[0]
+    assert len(ours) == 1 and "another process of this run is gone" in ours[0] and "--resume=True" in ours[0], output
     assert not re.search(r'File ".*train\.py"', output)  # no traceback but torchrun's own
     assert list(out.glob("ckpt_*")) == [checkpoint]
 
