@@ -162,15 +162,19 @@ def load_model(out_dir, step=None, device="cpu"):
 
 
 def read_log(out_dir, up_to=math.inf):
-    """The lines of log.jsonl as dicts, up to and including step `up_to`. A last line torn by a crash is left out."""
+    """The lines of log.jsonl as dicts, up to and including step `up_to`. A last line torn by a crash is left out; other damage ends the program."""
     path, lines = os.path.join(out_dir, "log.jsonl"), []
     if os.path.exists(path):
-        with open(path, encoding="utf8") as file:
-            for line in file:
+        with open(path, encoding="utf8", errors="replace") as file:
+            for number, text in enumerate(file, 1):
                 try:
-                    lines.append(json.loads(line))
+                    line = json.loads(text)
+                    if not (isinstance(line, dict) and type(line.get("step")) is int and "kind" in line):
+                        raise ValueError
+                    lines.append(line)
                 except ValueError:
-                    break
+                    if text.endswith("\n"):
+                        fail(f"{path}, line {number} is damaged: {text[:40]!r}; copy the log again, or delete the line")
     return [line for line in lines if line["step"] <= up_to]
 
 

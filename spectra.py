@@ -458,7 +458,11 @@ def main():
         path, found = os.path.join(folder, "config.json"), checkpoints(folder)
         if not (found or any(line["kind"] == "eval" for line in read_log(folder))):
             fail(f"{folder} holds neither checkpoints nor a log with evaluations; train one with train.py --out_dir={folder}")
-        return read_json(path) if os.path.exists(path) else load_checkpoint(found[max(found)])["config"]
+        settings = read_json(path) if os.path.exists(path) else load_checkpoint(found[max(found)])["config"]
+        for key in ("d_model", "n_layers", "block_size", "n_way", "k_shot", "warmup_steps"):
+            if type(settings.get(key)) is not int:
+                fail(f"{path} has {key} = {settings.get(key)}, not a whole number: it is not what train.py writes; copy the run again")
+        return settings
 
     def measured_lines(folder, settings, lines):
         """The log with the spectra of the checkpoints in its evaluations; an evaluation is made up where there is none."""
@@ -534,9 +538,12 @@ def main():
             print(f"{folder}: {SIGNAL} fell by {found['size']:.1%} at step {found['at']}")
     if len(folders) > 1:
         print(sooner((folders[0], folders[-1]), (logs[folders[0]], logs[folders[-1]])))
+    try:
+        os.makedirs(config.out or folders[0], exist_ok=True)
+    except OSError as error:
+        fail(f"out = {config.out}: cannot make this folder ({error.strerror}); name another with --out")
     for name, drawn in (("phase.png", figure(arms, config.x)), ("heat.png", heat_maps(arms, config.x))):
         path = os.path.join(config.out or folders[0], name)
-        os.makedirs(config.out or folders[0], exist_ok=True)
         write_atomic(path, lambda file, drawn=drawn: drawn.savefig(file, dpi=110, format="png"))
         print(f"written {path}")
 

@@ -388,14 +388,22 @@ def test_early_stopping_keeps_the_best(monkeypatch, patience):
     assert torch.equal(head.weight, seen[best - 1]) and not torch.equal(seen[0], seen[1])
 
 
-def test_full_tuning_moves_the_copy_and_not_the_model(tmp_path):
-    model = tiny()
+def test_full_tuning_moves_the_copy_and_not_the_model(tmp_path, monkeypatch):
+    model, tuned, tune = tiny(), [], eval_ner.tune
+
+    def seen(config, read, backbone, *rest):
+        tuned.append(list(backbone))
+        return tune(config, read, backbone, *rest)
+
+    monkeypatch.setattr(eval_ner, "tune", seen)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     data = mini(20, 0), mini(10, 1), {"da_ddt": mini(10, 2)}
     results = {}
     for name in ("a", "b"):
         results[name] = eval_ner.evaluate(CONFIG, str(tmp_path / name), "x", model, BYTES, data, ["head", "full"], 2)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    reads = [p.shape for name, p in model.named_parameters() if "unembedding" not in name]  # all but that take part
+    assert [[p.shape for p in backbone] for backbone in tuned] == 2 * [[], [], reads, reads]
     assert results["a"].keys() == {("head", 0), ("head", 1), ("full", 0), ("full", 1)}
     sets = {name: {key: (result["sets"], result["dev_f1"]) for key, result in done.items()} for name, done in results.items()}
     assert sets["a"] == sets["b"]  # the same seed, the same number

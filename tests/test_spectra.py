@@ -488,13 +488,21 @@ def test_command_line(here, tmp_path, data_dir):
     (old / "eval_lm.json").write_text(json.dumps(found))
     shutil.copytree(here / "maml", tmp_path / "misled")
     (tmp_path / "misled" / "eval_lm.json").write_text('{"steps": {"last": 3}}')
+    shutil.copytree(here / "maml", tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    shutil.copytree(here / "maml", tmp_path / "torn_log")  # as a crash leaves it
+    shutil.copytree(here / "maml", tmp_path / "garbled")
+    text = (here / "maml" / "log.jsonl").read_text()
+    (tmp_path / "torn_log" / "log.jsonl").write_text(text + '{"step": 41, "ki')
+    (tmp_path / "garbled" / "log.jsonl").write_text(text.replace("\n", "\nrubbish\n", 1))
     out = f"--out={tmp_path / 'figures'}"
-    both, single, lacking, damaged, *mistakes = run_many("spectra.py", [
+    both, single, lacking, damaged, torn_log, *mistakes = run_many("spectra.py", [
         [here / "maml", here / "maml_1", here / "vanilla", "--x=lm_tokens", out], [alone], [old], [tmp_path / "damaged", "--from_checkpoints=True"],
+        [tmp_path / "torn_log"],
         [], [tmp_path / "empty"], [tmp_path / "torn", "--from_checkpoints=True"], [here / "maml", here / "other"], [here / "maml", "--x=steps"],
-        [tmp_path / "misled"],
+        [tmp_path / "misled"], [tmp_path / "bare"], [here / "maml", "--out=/dev/null/figures"], [tmp_path / "garbled"],
     ])  # fmt: skip
-    for done in (both, single, lacking, damaged):
+    for done in (both, single, lacking, damaged, torn_log):
         assert done.returncode == 0, done.stderr
     for name in ("phase.png", "heat.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG") and (alone / name).exists()
@@ -513,6 +521,7 @@ def test_command_line(here, tmp_path, data_dir):
     assert f"vanilla ended with validation loss {final:.4f}: 40 steps" in both.stdout
     assert "step 40: weights/o/2 is not finite: 1 of its 256 numbers; left out" in damaged.stderr
     says = ["nothing is not a run folder", "empty holds neither checkpoints nor a log", "cannot read the checkpoint", "d_ff = 44", "x = 'steps'",
-            "misled/eval_lm.json is not what"]
+            "misled/eval_lm.json is not what", "bare/config.json has d_model = None", "cannot make this folder",
+            "garbled/log.jsonl, line 2 is damaged: 'rubbish"]
     for text, done in zip(says, mistakes, strict=True):
         assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
