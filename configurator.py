@@ -57,7 +57,7 @@ def from_file(cls, path):
         names = runpy.run_path(found)
     except Exception as error:  # the file is the user's program: whatever is wrong in it is told in a line
         inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == found]
-        line = error.lineno if isinstance(error, SyntaxError) else inside[-1] if inside else 1  # 1: Python could not even read it
+        line = (error.lineno if isinstance(error, SyntaxError) else inside[-1] if inside else 0) or 1  # 1: Python could not even read it
         raise SettingError(f"{path}, line {line}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     names = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
     return {key: checked(cls, key, value, path) for key, value in names.items()}

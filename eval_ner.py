@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import configurator
 from model import Llama
-from runs import fail, load_model, write_atomic
+from runs import fail, load_model, read_json, write_atomic
 
 
 @dataclass
@@ -434,9 +434,10 @@ def evaluate(config, folder, label, model, encoding, data, modes, seeds):
             train_rows = all_rows or rows_of(encoding, few(train, config.shots, seed), config)
             key = digest(settings, mode, seed, weights, train_rows, dev_rows, test_rows, TAGS)
             path = os.path.join(folder, "ner", f"{config.train.replace(',', '+')}-{mode}-{label}-seed{seed}-{key}.json")
+            if os.path.islink(os.path.dirname(path)):  # we make none: what is kept here is to stay here
+                fail(f"{os.path.dirname(path)} is a link to another folder: delete it")
             if os.path.exists(path):
-                with open(path, encoding="utf8") as file:
-                    results[mode, seed] = json.load(file)
+                results[mode, seed] = read_json(path)
                 continue
             started, tuned = time.perf_counter(), model if mode == "head" else copy.deepcopy(model)
             read, backbone = frozen_read, []

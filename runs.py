@@ -120,7 +120,7 @@ def read_json(path):
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        fail(f"{path} is not valid JSON ({error}): it is damaged; prepare or copy it again")
+        fail(f"{path} is not valid JSON ({error}): it is damaged; make it or copy it again")
 
 
 class Encoding(tiktoken.Encoding):
