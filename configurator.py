@@ -72,7 +72,7 @@ def from_word(cls, word):
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise SettingError(f"--{key}={text}: {key} takes {describe(kind)}") from None
+        raise SettingError(f"--{key}={' '.join(text.split())[:60]}: {key} takes {describe(kind)}") from None
     return {key: checked(cls, key, value, "the command line")}
 
 

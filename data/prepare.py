@@ -650,10 +650,12 @@ def stop(signum, frame):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    args = arguments()
     try:
-        main(arguments())
+        main(args)
     except OSError as error:    # numpy's, of a full disk, has no number
         full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fail(f"{error.filename or 'the corpus'}: {error.strerror or error}{': free space on its disk, or choose another --data_dir' if full else ''}")
+        hint = ": free space on its disk, or choose another --data_dir" if full else ""
+        fail(f"{error.filename or args.data_dir / args.name}: {error.strerror or error}{hint}")
     except BrokenProcessPool:
         fail("a process that read modules was killed, perhaps for lack of memory: try --workers=1")

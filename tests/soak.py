@@ -85,7 +85,7 @@ def must(condition, text):
 
 def attempts(fault, cases, note=""):
     """Go through `cases`, (name, function) pairs, calling each function; print the line of the fault."""
-    survived, tried, notes = 0, 0, {}
+    survived, tried, notes, known = 0, 0, {}, len(lost)
     rng.seed(f"{args.seed} {fault}")
     for name, function in tqdm(cases, fault, leave=False, delay=10, disable=None):
         tried += 1
@@ -96,7 +96,8 @@ def attempts(fault, cases, note=""):
         except (Exception, Hang) as error:
             lost.append(f"{fault}, case {tried} ({name}), --seed={args.seed}: {type(error).__name__}: {error}")
     told = ", ".join(f"{count} {text}" for text, count in notes.items() if isinstance(text, str))
-    print(f"{fault:44} tried {tried:5,}  survived {survived:5,}  {note}{told}", flush=True)
+    print(f"{fault:44} tried {tried:5,}  survived {survived:5,}  {note}{told}")
+    print("".join(f"lost: {line}\n" for line in lost[known:]), end="", flush=True)
 
 
 def outcome(call, seconds=60):
@@ -908,7 +909,6 @@ def main():
         for process in multiprocessing.active_children():
             process.kill()
         shutil.rmtree(here, ignore_errors=True)
-    print("".join(f"lost: {line}\n" for line in lost), end="")
     print(f"{len(lost)} not survived, {time.time() - begun:.0f} s")
     return 1 if lost else 0
 
