@@ -122,7 +122,7 @@ TARGETS = {"head": (), "attention": ("attention.",), "mlp": ("mlp.",), "attentio
 def check(config):
     """End the program with one line that names the setting, if a value or a combination of settings makes no sense."""
     least = {"n_way": 2, "episode_len": smlmt.MIN_WINDOW} | dict.fromkeys("seed micro_batch_size warmup_steps micro_episodes inner_steps".split(), 0)
-    most = {"n_layers": 1000, "head_layers": 1000, "n_way": 65_536}
+    most = {"n_layers": 1000, "head_layers": 1000, "n_way": 65_536, "inner_steps": 1000}
     for field in dataclasses.fields(config):
         value, low, high = getattr(config, field.name), least.get(field.name, 1), most.get(field.name, 2**63 - 1)
         if field.type is int and not low <= value <= high:

@@ -524,16 +524,15 @@ def configs(n):
 # bits: damaged files
 
 
+def flipped(data, bit):
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+
 def mutations(data, flips, cuts):
-    """(name, bytes): `data` with one bit flipped, or cut short."""
-    for _ in range(flips):
-        bit = rng.randrange(8 * len(data))
-        flipped = bytearray(data)
-        flipped[bit // 8] ^= 1 << bit % 8
-        yield f"bit {bit} flipped", flipped
-    for _ in range(cuts):
-        length = rng.randrange(len(data))
-        yield f"cut to {length} bytes", data[:length]
+    """(name, function that makes it) of `data` with one bit flipped, or cut short."""
+    bits, lengths = [rng.randrange(8 * len(data)) for _ in range(flips)], [rng.randrange(len(data)) for _ in range(cuts)]
+    return [(f"bit {bit} flipped", lambda bit=bit: flipped(data, bit)) for bit in bits] + [
+        (f"cut to {length} bytes", lambda length=length: data[:length]) for length in lengths]  # fmt: skip
 
 
 def peak():
@@ -563,7 +562,8 @@ def bits(n):
                 found = {name: file[name] for name in file}
         except Exception as error:  # nothing of ours reads these files: whoever does is told by numpy
             runs.fail(str(error).replace("\n", " "))
-        must(set(found) == set(arrays) and all(np.array_equal(found[name], arrays[name]) for name in arrays), "other numbers were read")
+        must(all(name in arrays and np.array_equal(found[name], arrays[name]) for name in found), "other numbers were read")
+        return "read less some arrays" if len(found) < len(arrays) else None  # the zip's directory is not under its checksums: it can lose some
 
     def settings():
         found = runs.read_json(str(folder / "config.json"))
@@ -584,7 +584,8 @@ def bits(n):
     for path, reader in readers.items():
         data = path.read_bytes()
 
-        def damaged(content, path=path, reader=reader, data=data):
+        def damaged(make, path=path, reader=reader, data=data):
+            content = make()
             path.write_bytes(content)
             before = peak()
             try:
@@ -596,7 +597,8 @@ def bits(n):
             must(not (cut and path.suffix in (".pt", ".bin", ".tiktoken", ".npz")) or line, "what was cut short was taken for whole")
             return "refused" if line else found or "read as it was"
 
-        cases = [(name, lambda content=content: damaged(content)) for name, content in mutations(data, n(40, 1000), n(10, 200))]
+        rng.seed(f"{args.seed} {path.name}")
+        cases = [(name, lambda make=make: damaged(make)) for name, make in mutations(data, n(40, 1000), n(10, 200))]
         attempts(f"damaged {path.name}", cases)
 
 
