@@ -6,8 +6,8 @@
 
 One line for each fault: how often it was tried, and how often survived. To survive is to end as the undisturbed run ended, or with one clear line,
 and never with a traceback, a hang, twice the memory, something not finite on the disk or a file outside the folder. What did not survive is printed
-with its case, which the seed repeats, and the exit code is 1. The processes are real ones, killed by SIGKILL; without --long they are forked from
-this one, which saves each the seconds that importing torch takes.
+with its case, which the seed repeats, and the exit code is 1. The processes are real ones, killed by SIGKILL; they are forked from this one, which
+saves each the seconds that importing torch takes.
 """
 import argparse
 import ast
@@ -131,8 +131,6 @@ def run_as_script(script, words, printed, before):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(ROOT)
     before()
-    if args.long and before is nothing:
-        os.execv(sys.executable, [sys.executable, script, *words])
     sys.argv, code, sys.path[0] = [script, *words], 0, str(ROOT)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -265,11 +263,11 @@ def moment(run, folder, spoken):
     if spoken:
         wait(run, lambda: run.printed[0].exists() and run.printed[0].stat().st_size)
     if rng.random() < 0.15:
-        time.sleep(rng.uniform(0, 3 if args.long else 0.7))
+        time.sleep(rng.uniform(0, 0.7))
         return
     wanted = lines_in(folder / "log.jsonl") + rng.randrange(1, 14)
     begun = time.time()  # a resumed run cuts the log back first, so that lines may be fewer than they were
-    wait(run, lambda: lines_in(folder / "log.jsonl") >= wanted or time.time() > begun + (20 if args.long else 8))
+    wait(run, lambda: lines_in(folder / "log.jsonl") >= wanted or time.time() > begun + 8)
     time.sleep(rng.uniform(0, 0.04))
 
 
@@ -311,7 +309,7 @@ def kill(n):
 
     def prepare():
         run = prepared(place)
-        time.sleep(rng.uniform(0, 5 if args.long else 1.5))
+        time.sleep(rng.uniform(0, 1.5))
         run.send(signal.SIGKILL)
         run.process.join()
         if (place / "docstrings" / "meta.json").exists():
