@@ -145,10 +145,10 @@ def load_tokenizer(folder):
         if sorted(ranks.values()) + sorted(special.values()) != list(range(len(ranks) + len(special))):
             raise ValueError("its ids and those of the special tokens are not 0, 1, 2, ...")
         if not {"<|endoftext|>", "<|mask|>"} <= set(special) or not {bytes([byte]) for byte in range(256)} <= set(ranks) or not meta["pattern"]:
-            raise ValueError("it lacks a byte, a special token or the pattern")
+            raise ValueError("it lacks a byte, <|endoftext|>, <|mask|> or the pattern")
         return Encoding(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"cannot read the tokenizer {path} ({error!r}); prepare the corpus again, or copy the run again")
+        fail(f"cannot read the tokenizer {path} ({error!r}); prepare the corpus again with data/prepare.py, or copy the run again")
 
 
 def decode(encoding, ids):
