@@ -63,14 +63,14 @@ class Corpus:
         return self.meta["splits"]["val"]["tokens"] / self.meta["splits"]["val"]["bytes"]
 
 
-def read_json(path):
+def read_json(path, repair="prepare or copy it again"):
     try:
         with open(path, encoding="utf8") as file:
             return json.load(file)
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except ValueError as error:
-        fail(f"{path} is not valid JSON ({error}): it is damaged; prepare or copy it again")
+        fail(f"{path} is not valid JSON ({error}): it is damaged; {repair}")
 
 
 def load_tokenizer(folder):

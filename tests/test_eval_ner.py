@@ -211,6 +211,7 @@ BROKEN = {  # what is wrong -> content of a file, the line to be named, a part o
     "spaces for tabs": (b"# text = A\n1 A O - me\n", 2, "5 columns"),
     "no word": (b"1\tA\tO\t-\tme\n2\t\tO\t-\tme\n", 2, "5 columns"),
     "unknown tag": (b"1\tA\tO\t-\tme\n2\tB\tB-GPE\t-\tme\n", 2, "'B-GPE'"),
+    "only tabs": (b"1\tA\tO\t-\tme\n\t\t\t\t\n", 2, "5 columns"),
     "no blank line": (b"1\tA\tO\t-\tme\n1\tB\tO\t-\tme\n", 2, "the index 2"),
     "empty": (b"", 1, "no words"),
     "comments only": (b"# text = A\n\n", 1, "no words"),
@@ -434,14 +435,16 @@ MISTAKES = {
     "learning rate": (["{here}/a", "--lr=3"], ["lr must lie between"]),
     "many shots": (["{here}/a", "--uner_dir={uner}", "--shots=99"], ["shots = 99"]),
     "no entities": (["{here}/a", "--uner_dir={bare}", "--test=da_ddt"], ["hold no entity"]),
+    "no place for results": (["{here}/full", "--uner_dir={uner}"], ["cannot read or write {here}/full/ner: File exists"]),
 }
 
 
 @pytest.fixture(scope="module")
 def here(quick_start, tmp_path_factory):
     here = tmp_path_factory.mktemp("ner")
-    for name in "abc":
+    for name in ("a", "b", "c", "full"):
         shutil.copytree(quick_start.folder, here / name)
+    (here / "full" / "ner").write_text("in the way")
     latest = max((here / "b").glob("ckpt_*.pt"))
     state = torch.load(latest, weights_only=True)  # b's weights are not a's
     state["model"] = {key: p + 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for key, p in state["model"].items()}
@@ -498,10 +501,14 @@ def test_two_runs(here, results):
 
 
 def test_finished_cells_are_not_made_again(here, results, capsys):
-    """Of twelve one is deleted: only that is made again, and it is the same; so are table and files."""
+    """Of twelve one is damaged, which is told, and deleted: only that is made again, and it is the same; so are table and files."""
     assert results["two runs"].stderr.count("dev F1") == 12
     cell = next((here / "b" / "ner").glob("*full*seed1*.json"))
     before = json.loads(cell.read_text())
+    cell.write_text(cell.read_text()[:99])
+    with pytest.raises(SystemExit):
+        eval_ner.main(filled(CASES["two runs"], here))
+    assert f"{cell} is not valid JSON" in (error := capsys.readouterr().err) and "delete it and give the command again" in error
     cell.unlink()
     eval_ner.main(filled(CASES["two runs"], here))
     done = capsys.readouterr()
