@@ -22,7 +22,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import warnings
 import zlib
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -533,7 +532,6 @@ def main(argv):
             fail(f"{folder or 'nothing'} is not a run folder: python eval_ner.py out/<run> ...")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    warnings.filterwarnings("ignore", category=UserWarning, module="seqeval")
     folders = [os.path.normpath(folder) for folder in dict.fromkeys(folders)]
     models = {folder: load_model(folder, None if config.step == -1 else config.step, config.device) for folder in folders}
     data, modes, seeds = load_sets(config), ["head", "full"] if config.mode == "both" else [config.mode], config.seeds or (5 if config.shots else 1)
