@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import configurator
 from runs import fail, load_model, read_json, read_log
@@ -189,7 +189,8 @@ if __name__ == "__main__":
     looked = next((line for line in read_log(folder) if (line["kind"], line["step"]) == ("eval", checkpoint["step"])), {})
     names, weights = hf_names(model.config.n_layers), model.state_dict()
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    texts = {
+    about = {name: str(checkpoint["config"][name]) for name in ("readout", "inner_lr", "inner_steps", "n_way", "k_shot")}
+    files = {
         "config.json": json.dumps(hf_config(model, eot), indent=2),
         "generation_config.json": json.dumps(special),
         "tokenizer.json": json.dumps(hf_tokenizer(encoding, meta), ensure_ascii=False),
@@ -198,16 +199,15 @@ if __name__ == "__main__":
             "mask_token": "<|mask|>", "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": model.config.block_size, "clean_up_tokenization_spaces": False}, indent=2),
         "README.md": card(model, checkpoint, meta, looked),
+        "model.safetensors": save({names[ours]: p for ours, p in weights.items()}, {"format": "pt"}),
+        "head.safetensors": save(checkpoint["head"], about | {"format": "pt"}),
     }  # fmt: skip
     work = os.path.normpath(target) + ".tmp"  # renamed when all is there
-    about = {name: str(checkpoint["config"][name]) for name in ("readout", "inner_lr", "inner_steps", "n_way", "k_shot")}
     try:
         os.makedirs(work, exist_ok=True)
-        for name, text in texts.items():
-            with open(os.path.join(work, name), "w", encoding="utf8") as file:
-                file.write(text)
-        save_file({names[ours]: p for ours, p in weights.items()}, os.path.join(work, "model.safetensors"), {"format": "pt"})
-        save_file(checkpoint["head"], os.path.join(work, "head.safetensors"), about | {"format": "pt"})
+        for name, content in files.items():
+            with open(os.path.join(work, name), "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
         os.replace(work, target)
     except OSError as error:
         fail(f"cannot write {error.filename or target}: {error.strerror or error}")
