@@ -27,7 +27,7 @@ from model import Llama, ModelConfig
 
 def fail(message, code=2):
     """End the program with one line. Code 2: the user can mend it before anything starts; code 1: it happened while working."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     sys.exit(code)
 
 
@@ -66,7 +66,9 @@ class Corpus:
 def read_json(path, repair="prepare or copy it again"):
     try:
         with open(path, encoding="utf8") as file:
-            return json.load(file)
+            if isinstance(found := json.load(file), dict):
+                return found
+            raise ValueError("an object is expected")
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except ValueError as error:
