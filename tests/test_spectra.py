@@ -137,6 +137,11 @@ def test_attention_entropy_equals_a_direct_softmax(model, batch):
     np.testing.assert_allclose(spectra.attention_entropy(model, batch[0]), expected, atol=2e-6)
 
 
+def test_the_batch_is_spread_over_the_text():
+    idx, targets = spectra.probe(np.arange(1001), 24, n_tokens=120)
+    assert idx.shape == (5, 24) and torch.equal(targets, idx + 1) and torch.equal(idx[0], torch.arange(24)) and targets[-1, -1] == 1000
+
+
 def test_entropy_of_long_rows_in_chunks():
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 2048, 8, generator=g), torch.randn(2, 2, 2048, 8, generator=g)
@@ -338,6 +343,10 @@ def test_phase_figure_shows_the_numbers_of_the_logs():
         assert {ax.lines[-1].get_color() for ax in drawn.axes[:2]} <= set(spectra.COLORS) | {"0.6"}
         ends = [line.get_xdata()[0] for line in drawn.axes[0].lines if len(line.get_xdata()) == 2]
         assert ends and ends[0] == pytest.approx(next(line[x] for line in evals if line["step"] == 20))
+    accuracy = spectra.figure(arms).axes[4].collections[2].get_paths()[0].vertices  # the vanilla run's, after two bands of three seeds
+    np.testing.assert_allclose([accuracy[:, 1].min(), accuracy[:, 1].max()], [0.2 - 0.01, 0.4 + 0.01])  # its one standard error
+    short = spectra.figure([spectra.Arm("two", [made_up_log(), made_up_log(n=9)], CONFIG)])
+    assert short.axes[3].lines[0].get_xdata().max() == 80  # as far as both go
     marks = [text.get_text() for text in drawn.axes[0].texts]
     assert marks.count("drop of 30%") == 6 and "warm-up ends" in marks  # three seeds, two curves; none in the vanilla run
     heat = spectra.heat_maps(arms)
@@ -349,6 +358,9 @@ def test_phase_figure_shows_the_numbers_of_the_logs():
         heat = spectra.heat_maps([spectra.Arm(str(i), [log], CONFIG) for i, log in enumerate(logs)])
         assert [ax.collections[0].get_array().mask.all() for ax in heat.axes[: len(logs)]] == [log is bare for log in logs]
         heat.savefig(io.BytesIO())
+    sharper = [line | {f"entropy/{layer}": 0.1 for layer in range(3)} for line in made_up_log()]
+    heat = spectra.heat_maps([spectra.Arm("a", [made_up_log()], CONFIG), spectra.Arm("b", [sharper], CONFIG)])
+    assert [ax.collections[0].get_clim() for ax in heat.axes[2:4]] == [(0.1, 0.7)] * 2  # alike
 
 
 def test_curves_of_a_short_run():
