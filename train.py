@@ -12,7 +12,6 @@ Everything drawn is a pure function of (seed, stream, step). Hence a resumed run
 more often changes nothing, a language-model step i sees the same text in every run of a seed, and how many processes share a step does not matter.
 """
 import contextlib
-import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -40,7 +39,7 @@ import maml
 import smlmt
 import spectra
 from model import Llama, ModelConfig
-from runs import checkpoints, decode, fail, load_checkpoint, load_corpus, read_json, read_log, write_atomic
+from runs import checkpoints, decode, fail, keep_freed_memory, load_checkpoint, load_corpus, read_json, read_log, write_atomic
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 started = time.perf_counter()
@@ -218,11 +217,8 @@ else:  # bfloat16 products are a gain only where the processor has instructions 
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients below 6e-8 are zero: multiply the loss, divide later
 
-if device.type == "cpu" and sys.platform == "linux":
-    # A fresh page of memory costs more than the arithmetic on it. Have glibc keep what is freed: one arena, no mmap per tensor, no trimming.
-    with contextlib.suppress(OSError, AttributeError):
-        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+if device.type == "cpu":
+    keep_freed_memory()
 torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
 cxx = shlex.split(os.environ.get("CXX", "g++"))[0]  # with Python's headers, what torch.compile needs on a CPU
@@ -374,9 +370,7 @@ torch.manual_seed(config.seed)
 shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig) if hasattr(config, field.name)}
 model = Llama(ModelConfig(**shape, vocab_size=corpus.vocab_size)).to(device)
 if config.compile and compiler:
-    torch._dynamo.config.recompile_limit = 32  # one for each shape and mode
-    for block in model.blocks:  # the block, not the model: one compilation serves all layers, and training starts sooner
-        block.compile(dynamic=False)  # a kernel for each shape, whichever comes first: a resumed run meets them in another order
+    model.compile_parts()
 # The multi-task control cannot tell permuted labels apart without adapting: its head has an output for each id of the vocabulary.
 multi_task = config.inner_steps == 0
 n_out = corpus.vocab_size if multi_task else config.n_way
