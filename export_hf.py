@@ -233,9 +233,9 @@ def tensors_of(folder):
                 if name in found:
                     fail(f"{path} and {found[name][0]} both hold the tensor {name}")
                 found[name] = path, tuple(file.get_slice(name).get_shape())
-    for name in placed:
-        if name not in found:
-            fail(f"the tensor {name} is missing: {index} places it in {placed[name]}, which does not hold it")
+    for name, shard in placed.items():
+        if name not in found or found[name][0] != os.path.join(folder, shard):
+            fail(f"the tensor {name} is missing: {index} places it in {shard}, which does not hold it")
     return found
 
 
