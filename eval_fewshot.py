@@ -108,7 +108,7 @@ def word_tasks():
     path = os.path.join(config.data_dir or settings["data_dir"], settings["dataset"])
     for folder in folders:
         if why := other_corpus(folder, path):
-            return [], [f"{why} (words need one corpus for all)" if folder != folders[0] else why]
+            return [], [why + " (words need one corpus for all runs)" * (len(folders) > 1)]
     corpus = load_corpus(path)
     wanted = {name: settings[name] for name in "n_way q_query episode_len readout word_min_count word_max_count".split()}
     vectors = bigram_vectors(corpus) if corpus.vocab_size <= 8192 else None

@@ -191,16 +191,18 @@ def read_log(out_dir, up_to=math.inf):
 def other_corpus(folder, path):
     """Why the corpus in the folder `path` is not that of a run; "" if it is. For a run that export_hf.py made, any corpus of its tokens will do."""
     run = read_json(os.path.join(folder, "meta.json"))
-    make = f"python data/prepare.py NAME --source=... --tokenizer={folder}"
+    parent, name = os.path.split(path)
+    remedy = "name the parent of its corpus with --data_dir=" if run["corpus_hash"] else \
+             f"python data/prepare.py {name} --source=... --tokenizer={folder} --data_dir={parent} makes one"  # fmt: skip
     if not os.path.exists(os.path.join(path, "meta.json")):
-        return f"there is no corpus {path}: " + ("name its parent with --data_dir=" if run["corpus_hash"] else f"{make}, NAME as the run's")
+        return f"there is no corpus {path}: {remedy}"
     corpus = read_json(os.path.join(path, "meta.json"))
     if run["corpus_hash"]:
         same = run["corpus_hash"] == corpus["corpus_hash"]
-        return "" if same else f"{folder} was trained on corpus {run['corpus_hash']}, but {path} is {corpus['corpus_hash']}"
+        return "" if same else f"{folder} was trained on corpus {run['corpus_hash']}, but {path} is {corpus['corpus_hash']}: {remedy}"
     same = all(run[key] == corpus.get(key) for key in ("pattern", "special_tokens", "normalizer")) and (
         run["sha256"]["tokenizer.tiktoken"] == corpus["sha256"]["tokenizer.tiktoken"])  # fmt: skip
-    return "" if same else f"{path} has other tokens than {folder}: {make}"
+    return "" if same else f"{path} has other tokens than {folder}: {remedy}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------

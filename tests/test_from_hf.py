@@ -201,7 +201,8 @@ def damaged(name, here):
         "layers": lambda: config(num_hidden_layers=1), "many layers": lambda: config(num_hidden_layers=16_000_000),
         "wide": lambda: config(hidden_size=16_000_000, head_dim=...), "huge": lambda: config(vocab_size=10**12),
         "no vocab_size": lambda: config(vocab_size=...), "odd heads": lambda: config(num_attention_heads=5),
-        "mistral": lambda: config(model_type="mistral"), "gelu": lambda: config(hidden_act="gelu"), "biased": lambda: config(attention_bias=True), "head_dim": lambda: config(head_dim=16),
+        "mistral": lambda: config(model_type="mistral"),
+        "gelu": lambda: config(hidden_act="gelu"), "biased": lambda: config(attention_bias=True), "head_dim": lambda: config(head_dim=16),
         "scaled": lambda: config(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
         "config list": lambda: (folder / "config.json").write_text("[]"), "deep": lambda: (folder / "config.json").write_text("[" * 100_000),
         "cut": lambda: weights.write_bytes(weights.read_bytes()[:-100]),
@@ -448,7 +449,8 @@ def test_evaluations(world, tmp_path, capsys):
     for script, *more in looks:
         code, out, err = run_here(capsys, script, run, f"--data_dir={tmp_path / 'lm'}", *more)
         assert code == 2 and err.count("\n") == 1, err
-        assert f"there is no corpus {tmp_path / 'lm' / 'smol_run'}: python data/prepare.py NAME" in err and f"--tokenizer={run}" in err
+        made = f"python data/prepare.py smol_run --source=... --tokenizer={run} --data_dir={tmp_path / 'lm'}"
+        assert f"there is no corpus {tmp_path / 'lm' / 'smol_run'}: {made}" in err
     prepare = ["--val_fraction=0.5", "--workers=1", f"--source={tmp_path / 'text.jsonl'}", f"--tokenizer={run}"]
     code, out, err = run_here(capsys, "data/prepare.py", "smol_run", *prepare, f"--data_dir={tmp_path / 'data'}")
     assert code == 0, err
