@@ -12,8 +12,8 @@ tokenizer_config.json, head.safetensors (the learnt initial head of the inner lo
 but for one thing: <|endoftext|> and <|mask|>, written out in a text, are the special tokens there and ordinary characters here.
 
 What comes from there is data: no code of it runs, nothing is unpickled, and sizes are checked before memory is taken. Its tensors may have Hugging
-Face's names or pico-decoder's. Its tokenizer must be a byte-level byte-pair encoder that tiktoken can be: that the ids are the same is proven from
-its merges, not tried on texts. <|endoftext|>, which every script puts before a text, is the token that begins its texts, or ends them.
+Face's names or pico-decoder's. Its tokenizer must be a byte-level byte-pair encoder that tiktoken can be: that pieces of text become the same ids is
+proven from its merges, not tried on texts. <|endoftext|>, which every script puts before a text, is the token that begins its texts, or ends them.
 """
 import base64
 import contextlib
@@ -332,6 +332,7 @@ LETTERS, NUMBERS, OTHERS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+", r"| ?\p{N}+", r"| ?
 GPT2 = LETTERS + NUMBERS + OTHERS + r"|\s+(?!\S)|\s+"  # the pattern that ByteLevel brings
 LONGEST = 1000  # bytes in a token, at most: to check one takes time by their square
 NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no text in UTF-8 has
+SAMPLE = "Größe's 12,345\n\n  a\tΩ  Всички يولد 人人 वह 👩‍👧 cafe\u0301 \u00a0\u2003\u3000\u200b\ufeff\x00\x1c\x85\u2028 ½ Ⅻ $%^ _=\r\n "
 
 
 def pattern_of(pre, longest_run, path):
@@ -409,7 +410,8 @@ def _tokenizer_of(theirs, folder, path, n_rows):
     pattern = pattern_of(theirs["pre_tokenizer"], max(map(len, runs), default=0), path)
 
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    ordinary = {token: i for token, i in bpe["vocab"].items() if i not in added.values()}
+    taken = set(added.values())
+    ordinary = {token: i for token, i in bpe["vocab"].items() if i not in taken}
     if strange := next((token for token in ordinary if not set(token) <= set(bytes_of)), None):
         fail(f"{path}: the token {strange[:40]!r} is not written in the letters of a byte-level encoder: tiktoken cannot express it")
     ranks = {bytes(bytes_of[letter] for letter in token): i for token, i in ordinary.items()}
@@ -421,7 +423,7 @@ def _tokenizer_of(theirs, folder, path, n_rows):
         fail(f"{path} has tokens of more than {LONGEST} bytes, which is no vocabulary for text")
     check_merges(ranks, pairs, bpe.get("ignore_merges"), path)
     ranks |= runs  # a piece of text then is a run or has no two spaces: what other tokens have some never meet it
-    used = set(ranks.values()) | set(added.values())
+    used = set(ranks.values()) | taken
     if len(used) != len(ranks) + len(added) - len(runs) or not all(type(i) is int and 0 <= i < n_rows for i in used):
         fail(f"{path} has an id twice, or ids outside 0 to {n_rows - 1}, the rows of the embedding in config.json")
 
@@ -447,15 +449,13 @@ def _tokenizer_of(theirs, folder, path, n_rows):
     return meta, ranks, notes
 
 
-SAMPLE = "Größe's 12,345\n\n  a\tΩ  Всички يولد 人人 वह 👩‍👧 cafe\u0301 \u00a0\u2003\u3000\u200b\ufeff\x00\x1c\x85\u2028 ½ Ⅻ $%^ _=\r\n "
-
-
 def end_of_text(folder, added):
     """Which of the added tokens stands before a text: the one that begins texts or, where there is none, ends them."""
     named = []
     for name in ("tokenizer_config.json", "generation_config.json", "config.json"):  # the last is often left at a default that means something else
         path = os.path.join(folder, name)
         theirs = read_json(path) if os.path.exists(path) else {}
+        theirs = theirs if isinstance(theirs, dict) else {}
         for kind in ("bos_token", "eos_token"):
             token, number = theirs.get(kind), theirs.get(f"{kind}_id")
             named.append(token.get("content") if isinstance(token, dict) else token)
