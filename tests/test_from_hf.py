@@ -143,6 +143,7 @@ MISTAKES = {  # name -> what the line says
     "escape": ["'../smol/model", "not to be trusted"],
     "absolute": ["not to be trusted"],
     "lost": ["the tensor model.norm.weight is missing", "index.json"],
+    "absent": ["the tensor model.new.weight is missing", "index.json"],
     "twice": ["both hold the tensor"],
     "no map": ["index.json has no weight_map"],
     "no tokenizer": ["holds no tokenizer.json"],
@@ -171,7 +172,8 @@ MISTAKES = {  # name -> what the line says
 
 def damaged(name, here):
     """The words of the command of a mistake."""
-    folder, sound = here / f"bad {name}", here / ("smol" if name in ("no shard", "escape", "absolute", "lost", "twice", "no map") else "llama3")
+    sharded = ("no shard", "escape", "absolute", "lost", "absent", "twice", "no map")
+    folder, sound = here / f"bad {name}", here / ("smol" if name in sharded else "llama3")
     shutil.copytree(sound, folder)
     weights, tokenizer = folder / "model.safetensors", json.loads((folder / "tokenizer.json").read_text())
     bpe, index = tokenizer["model"], folder / "model.safetensors.index.json"
@@ -212,6 +214,7 @@ def damaged(name, here):
         "escape": lambda: shards(lambda placed: placed.update({"model.norm.weight": "../smol/" + placed["model.norm.weight"]})),
         "absolute": lambda: shards(lambda placed: placed.update({"model.norm.weight": str(sound / "x.safetensors")})),
         "lost": lambda: shards(lambda placed: placed.update({"model.norm.weight": next(name for name in placed.values() if "00001" in name)})),
+        "absent": lambda: shards(lambda placed: placed.update({"model.new.weight": placed["model.norm.weight"]})),
         "twice": lambda: (shutil.copy(next(folder.glob("model-00001*")), folder / "more.safetensors"),
                           shards(lambda placed: placed.update({"model.norm.weight": "more.safetensors"}))),
         "no map": lambda: index.write_text("[]"),
@@ -396,6 +399,7 @@ def test_the_last_id_left(world):
     meta, encoding = read_json(here / "full_run" / "meta.json"), load_tokenizer(str(here / "full_run"))
     was = read_json(here / "full" / "tokenizer.json")["model"]["vocab"]["ÿ"]
     assert meta["special_tokens"]["<|mask|>"] == was and f"the id {was}, of the byte 255" in done["full"].stdout
+    assert encoding.decode_single_token_bytes(was) == b"<|mask|>" and b"/w== " not in (here / "full_run" / "tokenizer.tiktoken").read_bytes()
     for text, expected in zip(SCRIPTS, kinds["llama3"].encode_batch(SCRIPTS, add_special_tokens=False), strict=True):
         assert encoding.encode_ordinary(text) == expected.ids and was not in expected.ids
 
