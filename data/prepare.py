@@ -276,9 +276,6 @@ class Tokenizer(NamedTuple):
     special_tokens: dict    # name -> id; the same characters in a document are ordinary text
     normalizer: str | None = None    # NFC: characters are composed first, as some tokenizers that export_hf.py brought do
 
-    def n_ids(self):
-        return 1 + max(*self.ranks.values(), *self.special_tokens.values())
-
     def described(self):
         """What JSON files say of it, beside the ranks."""
         return {"pattern": self.pattern, "special_tokens": self.special_tokens, "normalizer": self.normalizer}
@@ -458,7 +455,8 @@ def write_meta(folder, sources, tokenizer, args, versions):
     splits = {split: {field: sum(source.done[split][field] for source in sources) for field in ("documents", "tokens", "bytes")}
               for split in ("train", "val")}
     corpus_hash = hashlib.sha256("".join(sha256.values()).encode()).hexdigest()[:12]
-    meta = {"format": 1, "name": args.name, "vocab_size": -(-tokenizer.n_ids() // 64) * 64,    # rounded up: matrix products like multiples of 64
+    ids = len(tokenizer.ranks) + len(tokenizer.special_tokens)
+    meta = {"format": 1, "name": args.name, "vocab_size": -(-ids // 64) * 64,    # rounded up: matrix products like multiples of 64
             **tokenizer.described(), "splits": splits, "sources": described,
             "val_fraction": args.val_fraction, "val_tokens": args.val_tokens, "max_tokens": args.max_tokens,
             "versions": versions, "sha256": sha256, "corpus_hash": corpus_hash}
@@ -623,7 +621,7 @@ def prepare(args, folder, partial, sources, packages, tokenizer, versions, comma
     else:
         tokenizer = tokenizer or train_tokenizer(sources, args.vocab_size or 4096, args.val_fraction)
         (partial / "tokenizer.tiktoken").write_bytes(ranks_file(tokenizer))
-    if tokenizer.n_ids() > 65_536:
+    if len(tokenizer.ranks) + len(tokenizer.special_tokens) > 65_536:
         fail(f"--tokenizer={args.tokenizer} has more than the 65536 ids that uint16 holds")
     state = {"command": command, "done": [source.done for source in sources], **tokenizer.described(),
              "sha256": {"tokenizer.tiktoken": hashlib.sha256(ranks_file(tokenizer)).hexdigest()}}
