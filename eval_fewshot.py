@@ -5,8 +5,10 @@
     python eval_fewshot.py out/11m --data=hf:SetFit/subj         # or of a Hugging Face dataset
 
 A draw shows a classifier K examples of each class (the support) and grades it on others (the query). Three classifiers read the same features:
-adapt      a fresh head, whose last layer is zero and whose hidden layers, if any, are the learnt ones, after the run's own inner loop, `maml.adapt`
-logistic   logistic regression with a Gaussian prior on the weights, of features of length sqrt(d), to the end: scikit-learn's defaults
+adapt      a fresh head, whose last layer is zero and whose hidden layers, if any, are the learnt ones, after the run's own inner loop, `maml.adapt`;
+           of a run with another target the head alone
+logistic   logistic regression, its weights with a Gaussian prior, of features of length sqrt(d), to the end: with three or more classes that
+           of scikit-learn's defaults
 prototype  the class with the nearest mean (Snell et al. 2017, https://arxiv.org/abs/1703.05175)
 
 `adapt` keeps the inner learning rate of training, which suits the number of classes there: steps of gradient descent on features of length 1 and a
@@ -48,6 +50,7 @@ class Config:
     data: str = ""  # sentences: a folder of <task>_train and <task>_test files, or hf:NAME or hf:NAME,CONFIGURATION; empty takes words only
     text_column: str = "text"  # column of the sentences
     label_column: str = "label"  # column of their classes
+    split: str = ""  # of a Hugging Face dataset, to be graded on; empty takes test or else validation
     shots: str = "1,4,16"  # K, the examples of a class
     n_episodes: int = 64  # draws of each K; 64 are those that training ends with
     data_dir: str = ""  # where the corpora are; empty takes the first run's
@@ -144,8 +147,9 @@ def sentence_task(name, train, test):
             fail(f"{name}: the {split} data {'has rows without text or label' if found else 'holds no rows'}; see --text_column and --label_column")
     labels = [[str(label) for _, label in found] for found in (train, test)]
     if set(labels[0]) != set(labels[1]):
-        only = [", ".join(sorted(set(labels[i]) - set(labels[1 - i]))) or "none" for i in (0, 1)]
-        fail(f"{name}: training and test data have different labels: only in training {only[0]}; only in test {only[1]}")
+        only = [sorted(set(labels[i]) - set(labels[1 - i])) for i in (0, 1)]
+        only = [(", ".join(map(repr, found[:5])) or "none") + ", ..." * (len(found) > 5) for found in only]  # of a wrong column all rows differ
+        fail(f"{name}: training and test data have different labels: only in training {only[0]}; only in test {only[1]}; see --label_column, --split")
     count = Counter(labels[0])
     rare, least = min(count.items(), key=lambda item: item[1])
     if len(count) < 2 or least < shots[-1]:
@@ -179,9 +183,9 @@ def sentence_tasks():
         name, *part = config.data[3:].split(",")
         with datasets_library(name) as datasets:
             splits = datasets.get_dataset_split_names(name, *part)
-        last = "test" if "test" in splits else "validation"
+        last = config.split or ("test" if "test" in splits else "validation")
         if not {"train", last} <= set(splits):
-            fail(f"{name} has the splits {', '.join(splits)}: it takes train, and test or validation")
+            fail(f"{name} has the splits {', '.join(splits)}: it takes train, and {config.split or 'test or validation'}; see --split")
         return [sentence_task(name, *(read_columns(name, columns, name, *part, split=split) for split in ("train", last)))]
     files = text_files(config.data)
     names = sorted({name.removesuffix(end) for name in files for end in ("_train", "_test") if name.endswith(end)})

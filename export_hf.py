@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, fields
 import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import configurator
 from model import Llama, ModelConfig
@@ -216,8 +216,7 @@ def tensors_of(folder):
             pickles = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
             why = f"{pickles[0]} is a pickle, which could run code" if pickles else "there are no weights"
             fail(f"{folder} holds no model.safetensors: {why}; only safetensors are read, as save_pretrained(DIR) of transformers writes them")
-        listed = read_json(index)
-        placed = listed.get("weight_map") if isinstance(listed, dict) else None
+        placed = read_json(index).get("weight_map")
         if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
             fail(f"{index} has no weight_map from tensors to files: it is damaged; download it again")
         for name in sorted(set(placed.values())):
@@ -253,8 +252,6 @@ def shape_of(folder, pico):
     """The ModelConfig of a checkpoint's config.json. What this model cannot be ends the program."""
     path = os.path.join(folder, "config.json")
     theirs = read_json(path)
-    if not isinstance(theirs, dict):
-        fail(f"{path} is not the configuration of a model")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if not pico:
         if theirs.get("model_type") != "llama":
@@ -455,7 +452,6 @@ def end_of_text(folder, added):
     for name in ("tokenizer_config.json", "generation_config.json", "config.json"):  # the last is often left at a default that means something else
         path = os.path.join(folder, name)
         theirs = read_json(path) if os.path.exists(path) else {}
-        theirs = theirs if isinstance(theirs, dict) else {}
         for kind in ("bos_token", "eos_token"):
             token, number = theirs.get(kind), theirs.get(f"{kind}_id")
             named.append(token.get("content") if isinstance(token, dict) else token)
@@ -506,7 +502,8 @@ def write_hub(folder, step, target, work):
     looked = next((line for line in read_log(folder) if (line["kind"], line["step"]) == ("eval", checkpoint["step"])), {})
     names, weights = hf_names(model.config.n_layers), model.state_dict()
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    texts = {
+    about = {name: str(checkpoint["config"][name]) for name in ("readout", "inner_lr", "inner_steps", "n_way", "k_shot")}
+    files = {
         "config.json": json.dumps(hf_config(model, eot), indent=2),
         "generation_config.json": json.dumps(special),
         "tokenizer.json": json.dumps(hf_tokenizer(encoding, meta), ensure_ascii=False),
@@ -515,14 +512,12 @@ def write_hub(folder, step, target, work):
             "mask_token": "<|mask|>", "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": model.config.block_size, "clean_up_tokenization_spaces": False}, indent=2),
         "README.md": card(model, checkpoint, meta, looked),
+        "model.safetensors": save({names[ours]: p for ours, p in weights.items()}, {"format": "pt"}),
+        **({"head.safetensors": save(checkpoint["head"], about | {"format": "pt"})} if checkpoint["head"] else {}),
     }  # fmt: skip
-    about = {name: str(checkpoint["config"][name]) for name in ("readout", "inner_lr", "inner_steps", "n_way", "k_shot")}
-    for name, text in texts.items():
-        with open(os.path.join(work, name), "w", encoding="utf8") as file:
-            file.write(text)
-    save_file({names[ours]: p for ours, p in weights.items()}, os.path.join(work, "model.safetensors"), {"format": "pt"})
-    if checkpoint["head"]:
-        save_file(checkpoint["head"], os.path.join(work, "head.safetensors"), about | {"format": "pt"})
+    for name, content in files.items():
+        with open(os.path.join(work, name), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
     return f"{folder}, step {checkpoint['step']}: {model.n_params():,} parameters written to {target}"
 
 

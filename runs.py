@@ -28,7 +28,7 @@ from model import Llama, ModelConfig
 
 def fail(message, code=2):
     """End the program with one line. Code 2: the user can mend it before anything starts; code 1: it happened while working."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     sys.exit(code)
 
 
@@ -64,14 +64,16 @@ class Corpus:
         return self.meta["splits"]["val"]["tokens"] / self.meta["splits"]["val"]["bytes"]
 
 
-def read_json(path):
+def read_json(path, repair="prepare or copy it again"):
     try:
         with open(path, encoding="utf8") as file:
-            return json.load(file)
+            if isinstance(found := json.load(file), dict):
+                return found
+            raise ValueError("an object is expected")
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        fail(f"{path} is not valid JSON ({error}): it is damaged; prepare or copy it again")
+        fail(f"{path} is not valid JSON ({error}): it is damaged; {repair}")
 
 
 class Composing(tiktoken.Encoding):
@@ -192,17 +194,17 @@ def other_corpus(folder, path):
     """Why the corpus in the folder `path` is not that of a run; "" if it is. For a run that export_hf.py made, any corpus of its tokens will do."""
     run = read_json(os.path.join(folder, "meta.json"))
     parent, name = os.path.split(path)
-    remedy = "name the parent of its corpus with --data_dir=" if run["corpus_hash"] else \
+    remedy = "name the parent of its corpus with --data_dir=" if run.get("corpus_hash") else \
              f"python data/prepare.py {name} --source=... --tokenizer={folder} --data_dir={parent} makes one"  # fmt: skip
     if not os.path.exists(os.path.join(path, "meta.json")):
         return f"there is no corpus {path}: {remedy}"
     corpus = read_json(os.path.join(path, "meta.json"))
-    if run["corpus_hash"]:
-        same = run["corpus_hash"] == corpus["corpus_hash"]
-        return "" if same else f"{folder} was trained on corpus {run['corpus_hash']}, but {path} is {corpus['corpus_hash']}: {remedy}"
-    same = all(run[key] == corpus.get(key) for key in ("pattern", "special_tokens", "normalizer")) and (
-        run["sha256"]["tokenizer.tiktoken"] == corpus["sha256"]["tokenizer.tiktoken"])  # fmt: skip
-    return "" if same else f"{path} has other tokens than {folder}: {remedy}"
+    if run.get("corpus_hash"):
+        one, other = run["corpus_hash"], corpus.get("corpus_hash")
+        return "" if one == other else f"{folder} was trained on corpus {one}, but {path} is {other}: {remedy}"
+    keys = ("pattern", "special_tokens", "normalizer")
+    run, corpus = ([meta.get("sha256", {}).get("tokenizer.tiktoken"), *map(meta.get, keys)] for meta in (run, corpus))
+    return "" if run == corpus else f"{path} has other tokens than {folder}: {remedy}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ with contextlib.redirect_stderr(open(os.devnull, "w") if rank else sys.stderr): 
 
 stopped_by = None  # the signal that asks the loop to end
 builder = None  # the process that prepares the default corpus
+tracker = None  # the run on Weights & Biases
 
 
 def say(text):
@@ -232,29 +233,42 @@ say(f"system  {world} x {where}, {str(dtype).removeprefix('torch.')} products{no
     f"system  {where}, {str(dtype).removeprefix('torch.')} products{note}")
 
 if world > 1:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    store = next(dist.rendezvous("env://"))[0]  # torchrun's: it outlives each of us
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                            device_id=device if device.type == "cuda" else None)  # fmt: skip
 
 
-def over_all(tensor):
-    """The sum of a tensor over all processes, in place; their one way to speak with each other, and to wait for each other."""
-    if world > 1:
-        try:
-            dist.all_reduce(tensor)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0].split(". ")[0]
-            print(f"error: another process of this run is gone ({reason}); the last checkpoint stands, go on with --resume=True", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)  # not sys.exit, which would wait for the lost one
-    return tensor
-
-
-def end(code):
-    """End this process. One of several does not wait for its threads: torch aborted one end in four with "terminate called" when it did."""
+def end(code, mistake=""):
+    """End this process, with a line about a mistake unless another process, which finds the same, was first to tell. One of several does not
+    wait for its threads, nor for one that is lost: torch aborted one end in four with "terminate called" when it did."""
+    told = 0
+    with contextlib.suppress(RuntimeError):  # the store is lost too
+        told = store.add("told", 1) - 1 if mistake and world > 1 else 0
+    if mistake and not told:
+        print(f"error: {mistake}", file=sys.stderr)
+    if tracker:
+        tracker.finish(code)
     if world == 1:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def over_all(tensor):
+    """The sum of a tensor over all processes, in place; their one way to speak with each other."""
+    if world > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].split(". ")[0]
+            end(1, f"another process of this run is gone ({reason}); the last checkpoint stands, go on with --resume=True")
+    return tensor
+
+
+def wait():
+    """Return when all processes have come here. Reading the sum is what waits: on a GPU all_reduce returns before it is there."""
+    over_all(torch.zeros(1, device=device)).item()
 
 
 def chunks(n, size):
@@ -267,8 +281,9 @@ def chunks(n, size):
 # Data
 
 config_path, log_path = (os.path.join(config.out_dir, name) for name in ("config.json", "log.jsonl"))
-if rank:
-    over_all(torch.zeros(1, device=device))  # the first process goes ahead: it may find a mistake, or have a corpus to build
+if rank:  # the first process goes ahead up to the loop: it may have a corpus to build, or find a mistake, of which it tells
+    with contextlib.redirect_stderr(open(os.devnull, "w")):
+        wait()
 if config.resume and not os.path.exists(config_path):
     fail(f"resume = True, but {config.out_dir} holds no run; check --out_dir, or leave --resume out to start one")
 if not config.resume and not rank and (os.path.exists(config_path) or checkpoints(config.out_dir)):
@@ -295,8 +310,6 @@ for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
         fail(f"block_size = {config.block_size} is longer than the {split} split of {corpus_dir} ({len(tokens)} tokens): lower it, or take more text")
 say(f"data    {config.dataset} {corpus.meta['corpus_hash']}: {len(corpus.train):,} training tokens, {len(corpus.val):,} for validation, "
       f"vocabulary {corpus.vocab_size:,}")
-if not rank:
-    over_all(torch.zeros(1, device=device))
 
 LM_ROWS, COIN, EPISODES, POOL, SHUFFLE = range(5)  # streams of randomness: drawing from one never moves another
 
@@ -337,7 +350,7 @@ def training_episode(step, e):
             text = smlmt.pool(corpus.train, config.pool_tokens, (config.seed, POOL), number, eot=corpus.eot)
             sampler, sampler_number = sampler_of(text, (config.seed, EPISODES)), number
         except ValueError as error:
-            fail(f"no episodes from {corpus_dir} at step {step}: {error}", code=2 if step == 1 else 1)
+            end(2 if step == 1 else 1, f"no episodes from {corpus_dir} at step {step}: {error}")
     episode = sampler.episode((step, e))
     if config.shuffle_labels:
         episode = dataclasses.replace(episode, support_labels=draw(SHUFFLE, step, e).permutation(episode.support_labels))
@@ -557,7 +570,7 @@ def evaluate(n_episodes):
 def save(step):
     """Write the checkpoint of a step whole or not at all, then take the optimizer out of the third newest: two are enough to go on from."""
     if not all(p.isfinite().all() for p in parameters):
-        fail(f"step {step}: weights are not finite; nothing of this step was saved. Try a lower lr or weight_decay", code=1)
+        end(1, f"step {step}: weights are not finite; nothing of this step was saved. Try a lower lr or weight_decay")
     if rank:
         return
     state = {
@@ -634,10 +647,11 @@ if config.resume:
     if begun["lr"] != config.lr:
         say(f"resume  lr was {begun['lr']} and is now {config.lr}: from here on this is no longer the run that was begun")
     kept = read_log(config.out_dir, up_to=step if found else -1)  # what was logged after the checkpoint is done again
-    over_all(torch.zeros(1, device=device))  # all have read it
     if not rank:
         write_atomic(log_path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
     say(f"resume  {config.out_dir} after step {step}")
+if not rank:
+    wait()  # until here: the others find no mistake any more
 
 evals = [line for line in kept if line["kind"] == "eval"]  # what on_collapse is decided from: logged values and nothing else
 collapsed = next((line for line in kept if line["kind"] == "collapse"), None)
@@ -647,7 +661,7 @@ made = {
     "system": {"processes": world, "device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(), "platform": platform.platform()},
     "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")},
 }  # fmt: skip
-log_file = tracker = None
+log_file = None
 if not rank:
     if config.wandb:
         tracker = start_wandb()  # before anything is written: without a login there is no run yet
@@ -731,8 +745,8 @@ while not over() and not stopping:
     if skipped == (20 if scaler.is_enabled() else 1):
         last = max(checkpoints(config.out_dir), default=None)
         so_far = ", the 20th in a row" if skipped > 1 else ""
-        fail(f"step {step}: loss {loss}, gradient norm {norm}{so_far}. Nothing of this step was saved; the last "
-             f"checkpoint is {'none' if last is None else f'of step {last}'}. Try a lower lr or a longer warm-up", code=1)
+        end(1, f"step {step}: loss {loss}, gradient norm {norm}{so_far}. Nothing of this step was saved; the last "
+               f"checkpoint is {'none' if last is None else f'of step {last}'}. Try a lower lr or a longer warm-up")
     scaler.step(optimizer)  # leaves the weights alone if a scaled gradient overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -757,7 +771,7 @@ while not over() and not stopping:
         save(step)
 
 if world > 1:
-    over_all(torch.zeros(1, device=device))  # none leaves while another still speaks
+    wait()  # none leaves while another still speaks
     dist.destroy_process_group()
 if stopping and not over():
     words = [*sys.argv[1:]] + ([] if config.resume else ["--resume=True"])
@@ -791,5 +805,4 @@ if tracker:
     import wandb
 
     tracker.log({"curves": wandb.Image(curves)}, step=step)
-    tracker.finish()
 end(0)
