@@ -39,7 +39,7 @@ import configurator
 import maml
 import smlmt
 from model import Llama
-from runs import datasets_library, fail, load_corpus, load_model, read_columns, read_files, read_json, text_files, write_atomic
+from runs import datasets_library, fail, load_corpus, load_model, other_corpus, read_columns, read_files, text_files, write_atomic
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
@@ -109,13 +109,10 @@ class Task:
 def word_tasks():
     """Which word was blanked? Episodes on held-out and on other words, as at the end of training. The second value: why some are left out, a list."""
     path = os.path.join(config.data_dir or settings["data_dir"], settings["dataset"])
-    if config.data and not os.path.exists(os.path.join(path, "meta.json")):
-        return [], [f"there is no corpus {path}: name its parent with --data_dir="]
-    corpus = load_corpus(path)
     for folder in folders:
-        trained_on = read_json(os.path.join(folder, "meta.json"))["corpus_hash"]
-        if trained_on != corpus.meta["corpus_hash"]:
-            return [], [f"{folder} was trained on corpus {trained_on}, not on {corpus.meta['corpus_hash']}: words need one corpus for all"]
+        if why := other_corpus(folder, path):
+            return [], [why + " (words need one corpus for all runs)" * (len(folders) > 1)]
+    corpus = load_corpus(path)
     wanted = {name: settings[name] for name in "n_way q_query episode_len readout word_min_count word_max_count".split()}
     vectors = bigram_vectors(corpus) if corpus.vocab_size <= 8192 else None
     tasks, why = [], []

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,7 +63,7 @@ class Corpus:
     eot: int  # id of <|endoftext|>
     mask: int  # id of <|mask|>, which never occurs in the text
     vocab_size: int  # ids the model reserves, padded to a multiple of 64
-    token_bytes: list  # id -> the bytes it stands for, for all ordinary ids
+    token_bytes: list  # id -> the bytes it stands for, none for special tokens
     meta: dict  # meta.json
 
     @property
@@ -79,8 +80,15 @@ def read_json(path, repair="prepare or copy it again"):
             raise ValueError("an object is expected")
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"{path} is not valid JSON ({error}): it is damaged; {repair}")
+
+
+class Composing(tiktoken.Encoding):
+    """Some tokenizers that export_hf.py brought compose characters (NFC), e and an accent into é, before they read a text."""
+
+    def encode_ordinary(self, text):
+        return super().encode_ordinary(unicodedata.normalize("NFC", text))
 
 
 def load_tokenizer(folder):
@@ -89,7 +97,8 @@ def load_tokenizer(folder):
     try:
         with open(path, "rb") as file:  # by hand: tiktoken's own reader caches by path, so a rebuilt corpus would get the old vocabulary
             ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file)}
-        return tiktoken.Encoding(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special_tokens"])
+        kind = Composing if meta.get("normalizer") == "NFC" else tiktoken.Encoding
+        return kind(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special_tokens"])
     except (OSError, ValueError, KeyError) as error:
         fail(f"cannot read the tokenizer {path} ({error!r}); prepare the corpus again")
 
@@ -114,7 +123,8 @@ def load_corpus(folder):
         encoding = load_tokenizer(folder)
         train, val = (np.memmap(os.path.join(folder, f"{split}.bin"), dtype="<u2", mode="r") for split in ("train", "val"))
         eot, mask = (meta["special_tokens"][name] for name in ("<|endoftext|>", "<|mask|>"))
-        token_bytes = [encoding.decode_single_token_bytes(i) for i in range(min(eot, mask))]
+        special = set(meta["special_tokens"].values())
+        token_bytes = [b"" if i in special else encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
         return Corpus(train, val, encoding, eot, mask, meta["vocab_size"], token_bytes, meta)
     except OSError as error:
         fail(f"cannot read the corpus {folder}: {error}; {repair}")
@@ -186,6 +196,23 @@ def read_log(out_dir, up_to=math.inf):
                     if text.endswith("\n"):
                         fail(f"{path}, line {number} is damaged: {text[:40]!r}; copy the log again, or delete the line")
     return [line for line in lines if line["step"] <= up_to]
+
+
+def other_corpus(folder, path):
+    """Why the corpus in the folder `path` is not that of a run; "" if it is. For a run that export_hf.py made, any corpus of its tokens will do."""
+    run = read_json(os.path.join(folder, "meta.json"))
+    parent, name = os.path.split(path)
+    remedy = "name the parent of its corpus with --data_dir=" if run.get("corpus_hash") else \
+             f"python data/prepare.py {name} --source=... --tokenizer={folder} --data_dir={parent} makes one"  # fmt: skip
+    if not os.path.exists(os.path.join(path, "meta.json")):
+        return f"there is no corpus {path}: {remedy}"
+    corpus = read_json(os.path.join(path, "meta.json"))
+    if run.get("corpus_hash"):
+        one, other = run["corpus_hash"], corpus.get("corpus_hash")
+        return "" if one == other else f"{folder} was trained on corpus {one}, but {path} is {other}: {remedy}"
+    keys = ("pattern", "special_tokens", "normalizer")
+    run, corpus = ([meta.get("sha256", {}).get("tokenizer.tiktoken"), *map(meta.get, keys)] for meta in (run, corpus))
+    return "" if run == corpus else f"{path} has other tokens than {folder}: {remedy}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------

@@ -449,7 +449,7 @@ def main():
     from tqdm import tqdm
 
     import configurator
-    from runs import checkpoints, fail, load_checkpoint, load_corpus, load_model, read_json, read_log, write_atomic
+    from runs import checkpoints, fail, load_checkpoint, load_corpus, load_model, other_corpus, read_json, read_log, write_atomic
 
     config, folders = configurator.load(Config, sys.argv[1:], __doc__)
     if config.x not in AXES:
@@ -475,12 +475,11 @@ def main():
         found, corpus_dir = checkpoints(folder), os.path.join(config.data_dir or settings["data_dir"], settings["dataset"])
         if not found:
             fail(f"{folder} holds no checkpoint (ckpt_*.pt), and its log no spectra: there is nothing to measure")
+        if why := other_corpus(folder, corpus_dir):
+            fail(why)
         if corpus_dir not in corpora:
             corpora[corpus_dir] = load_corpus(corpus_dir)
         corpus, evals = corpora[corpus_dir], {}
-        trained_on = read_json(os.path.join(folder, "meta.json")).get("corpus_hash")
-        if trained_on != corpus.meta["corpus_hash"]:
-            fail(f"{folder} was trained on corpus {trained_on}, but {corpus_dir} is {corpus.meta['corpus_hash']}: give its home with --data_dir")
         for line in lines:
             if line["kind"] == "eval":
                 evals[line["step"]] = {key: value for key, value in line.items() if not key.startswith(("per/", "entropy/"))}
