@@ -57,7 +57,7 @@ def from_file(cls, path):
         names = runpy.run_path(found)
     except Exception as error:  # the file is the user's program: whatever is wrong in it is told in a line
         inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == found]
-        line = error.lineno if isinstance(error, SyntaxError) else inside[-1]
+        line = (error.lineno if isinstance(error, SyntaxError) else inside[-1] if inside else 0) or 1  # 1: Python could not even read it
         raise SettingError(f"{path}, line {line}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     names = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
     return {key: checked(cls, key, value, path) for key, value in names.items()}
@@ -72,7 +72,7 @@ def from_word(cls, word):
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise SettingError(f"--{key}={text}: {key} takes {describe(kind)}") from None
+        raise SettingError(f"--{key}={' '.join(text.split())[:60]}: {key} takes {describe(kind)}") from None
     return {key: checked(cls, key, value, "the command line")}
 
 
@@ -87,10 +87,12 @@ def field_type(cls, key, where):
 def checked(cls, key, value, where):
     """`value` if it has the field's type; an int passes for a float."""
     kind = field_type(cls, key, where)
+    if type(value) is int and value.bit_length() > 1000:  # more digits than Python likes to print, or a float can hold
+        raise SettingError(f"{key} (from {where}) is a number of more than 300 digits")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise SettingError(f"{key} = {value!r} (from {where}): {key} takes {describe(kind)}")
+        raise SettingError(f"{key} = {' '.join(repr(value).split())[:60]} (from {where}): {key} takes {describe(kind)}")
     return value
 
 

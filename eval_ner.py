@@ -434,6 +434,8 @@ def evaluate(config, folder, label, model, encoding, data, modes, seeds):
             train_rows = all_rows or rows_of(encoding, few(train, config.shots, seed), config)
             key = digest(settings, mode, seed, weights, train_rows, dev_rows, test_rows, TAGS)
             path = os.path.join(folder, "ner", f"{config.train.replace(',', '+')}-{mode}-{label}-seed{seed}-{key}.json")
+            if os.path.islink(os.path.dirname(path)):  # we make none: what is kept here is to stay here
+                fail(f"{os.path.dirname(path)} is a link to another folder: delete it")
             if os.path.exists(path):
                 results[mode, seed] = read_json(path, "delete it and give the command again")
                 continue

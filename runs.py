@@ -6,15 +6,16 @@ ever executed, checkpoints are read with weights_only=True, and sizes and hashes
 import base64
 import contextlib
 import ctypes
+import errno
 import glob
 import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import unicodedata
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,13 +34,58 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+def cannot_write(path, error):
+    """End the program with what an OSError of writing means."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    space = ": free space on its disk (the oldest ckpt_*.pt are the largest files of a run)" if full else ""
+    fail(f"cannot write {path} ({error.strerror or error}); what was saved before is untouched{space}, then give the command again", code=1)
+
+
 def write_atomic(path, write):
     """Call `write(file)` on a file beside `path`, flush it to the disk, rename it into place: `path` is the old file or the new one, never half."""
-    with open(path + ".tmp", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    beside = f"{path}.{os.getpid()}.tmp"  # of this process alone: another may write the same file at the same time
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)  # what a killed process of this number left; or a link, which opening would follow to who knows where
+        with open(beside, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save turns an OSError into a RuntimeError of its own
+        if not isinstance(reason, OSError):
+            raise
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        cannot_write(path, reason)
+
+
+held = {}  # folders that this process keeps others out of
+
+
+def lock(folder):
+    """Keep other processes that ask for this folder out of it until this one ends, in whatever way: kill -9 frees it too."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        return
+    folder = os.path.realpath(folder)
+    if folder not in held:
+        held[folder] = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is at work on {folder}: wait until it has ended, or take another --out_dir")
+        except OSError:  # a file system without locks
+            pass
+
+
+def open_file(path):
+    """A file for reading bytes. Not a pipe or a device, on which reading might never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return open(path, "rb")
 
 
 def keep_freed_memory():
@@ -72,35 +118,51 @@ class Corpus:
         return self.meta["splits"]["val"]["tokens"] / self.meta["splits"]["val"]["bytes"]
 
 
-def read_json(path, repair="prepare or copy it again"):
+def read_json(path, repair="make it or copy it again"):
+    """The object in a JSON file; a damaged file ends the program."""
     try:
-        with open(path, encoding="utf8") as file:
-            if isinstance(found := json.load(file), dict):
-                return found
-            raise ValueError("an object is expected")
+        with open_file(path) as file:
+            found = json.loads(file.read().decode())
+        if not isinstance(found, dict):
+            raise ValueError(f"{type(found).__name__} instead of an object")
+        return found
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except (ValueError, RecursionError) as error:
         fail(f"{path} is not valid JSON ({error}): it is damaged; {repair}")
 
 
-class Composing(tiktoken.Encoding):
-    """Some tokenizers that export_hf.py brought compose characters (NFC), e and an accent into é, before they read a text."""
+class Encoding(tiktoken.Encoding):
+    """tiktoken's, with two differences in what is encoded. A million spaces, on which the regex engine's stack would overflow, go in pieces, as in
+    data/prepare.py. And some tokenizers that export_hf.py brought compose characters, e and an accent into é, before they read a text."""
+
+    normalizer = None  # or NFC
 
     def encode_ordinary(self, text):
-        return super().encode_ordinary(unicodedata.normalize("NFC", text))
+        text, encode = unicodedata.normalize(self.normalizer, text) if self.normalizer else text, super().encode_ordinary
+        return [token for piece in re.split(r"(\s{10000})", text) for token in encode(piece)]
 
 
 def load_tokenizer(folder):
     """The tiktoken.Encoding that tokenizer.tiktoken and meta.json of a corpus or a run folder describe; nothing is downloaded."""
     meta, path = read_json(os.path.join(folder, "meta.json")), os.path.join(folder, "tokenizer.tiktoken")
     try:
-        with open(path, "rb") as file:  # by hand: tiktoken's own reader caches by path, so a rebuilt corpus would get the old vocabulary
-            ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file)}
-        kind = Composing if meta.get("normalizer") == "NFC" else tiktoken.Encoding
-        return kind(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special_tokens"])
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"cannot read the tokenizer {path} ({error!r}); prepare the corpus again")
+        with open_file(path) as file:  # by hand: tiktoken's own reader caches by path, so a rebuilt corpus would get the old vocabulary
+            content = file.read()
+        if hashlib.sha256(content).hexdigest() != meta["sha256"]["tokenizer.tiktoken"]:
+            raise ValueError("it does not match the sha256 in meta.json")
+        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
+        special = meta["special_tokens"]
+        # What tiktoken takes on trust, and dies of.
+        if sorted(ranks.values()) + sorted(special.values()) != list(range(len(ranks) + len(special))):
+            raise ValueError("its ids and those of the special tokens are not 0, 1, 2, ...")
+        if not {"<|endoftext|>", "<|mask|>"} <= set(special) or not {bytes([byte]) for byte in range(256)} <= set(ranks) or not meta["pattern"]:
+            raise ValueError("it lacks a byte, a special token or the pattern")
+        encoding = Encoding(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
+        encoding.normalizer = "NFC" if meta.get("normalizer") == "NFC" else None
+        return encoding
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"cannot read the tokenizer {path} ({error!r}); prepare the corpus again, or copy the run again")
 
 
 def decode(encoding, ids):
@@ -112,28 +174,33 @@ def load_corpus(folder):
     """Read a corpus, checking it against its meta.json: sizes always, hashes of files below 1 GB. A mismatch ends the program."""
     meta, repair = read_json(os.path.join(folder, "meta.json")), "prepare it again with data/prepare.py"
     try:
-        for name, sha256 in meta["sha256"].items():
-            path = os.path.join(folder, os.path.basename(name))
+        for split in ("train", "val"):
+            path, tokens = os.path.join(folder, f"{split}.bin"), meta["splits"][split]["tokens"]
             size = os.path.getsize(path)
-            tokens = meta["splits"][name[:-4]]["tokens"] if name.endswith(".bin") else None
-            if tokens is not None and size != 2 * tokens:
+            if size != 2 * tokens:
                 fail(f"{path} holds {size // 2:,} tokens, but meta.json says {tokens:,}: it was cut short or mixed up; {repair}")
-            if size < 1e9 and _sha256(path) != sha256:
+            if size < 1e9 and _sha256(path) != meta["sha256"][f"{split}.bin"]:
                 fail(f"{path} does not match the sha256 in meta.json: it was changed or damaged; {repair}")
         encoding = load_tokenizer(folder)
         train, val = (np.memmap(os.path.join(folder, f"{split}.bin"), dtype="<u2", mode="r") for split in ("train", "val"))
         eot, mask = (meta["special_tokens"][name] for name in ("<|endoftext|>", "<|mask|>"))
         special = set(meta["special_tokens"].values())
         token_bytes = [b"" if i in special else encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+        ranges = [source["val_range"] for source in meta["sources"] if source["name"]]
+        fit = encoding.n_vocab <= meta["vocab_size"] <= 65_536 and meta["splits"]["val"]["bytes"] > 0 and type(meta["corpus_hash"]) is str
+        if not fit or type(meta["vocab_size"]) is not int or not all(0 <= first <= last <= len(val) for first, last in ranges):
+            raise ValueError("its numbers do not fit each other")
+        if any(tokens.nbytes < 1e9 and tokens.max() >= encoding.n_vocab for tokens in (train, val)):
+            raise ValueError("the text has ids that the tokenizer does not have")
         return Corpus(train, val, encoding, eot, mask, meta["vocab_size"], token_bytes, meta)
     except OSError as error:
         fail(f"cannot read the corpus {folder}: {error}; {repair}")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         fail(f"{folder}/meta.json lacks what a corpus needs ({error!r}); {repair}")
 
 
 def _sha256(path):
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -149,14 +216,27 @@ def checkpoints(out_dir):
 
 
 def load_checkpoint(path, map_location="cpu"):
-    """The dict of tensors and plain values that a checkpoint holds. Never runs code from the file; a damaged file ends the program."""
+    """The dict of tensors and plain values that a checkpoint holds. Never runs code from the file; a damaged file ends the program.
+
+    torch.save writes a zip with a checksum of each record, but torch.load does not look at them: a flipped bit would pass for a weight. zipfile does.
+    """
     try:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            # torch stores and never compresses, so that a file cannot unpack to more than itself; nor has a record attributes, which make it a folder
+            if sum(record.file_size for record in records) > os.path.getsize(path) or any(r.compress_type or r.external_attr for r in records):
+                raise ValueError("its records are not as torch.save writes them")
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} does not match")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-        lacking = {"model", "head", "optimizer", "step", "progress", "config"} - set(checkpoint)
+        kinds = {"model": dict, "head": dict, "optimizer": dict, "step": int, "progress": dict, "config": dict}
+        lacking = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
         if lacking:
-            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        if sum(p.nbytes for p in [*checkpoint["model"].values(), *checkpoint["head"].values()]) > os.path.getsize(path):
+            raise ValueError("it holds fewer numbers than its shapes say")
         return checkpoint
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # there are many ways to be damaged; none of them is a reason for more than a line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"cannot read the checkpoint {path} ({reason}): it is cut short, damaged or not a checkpoint; delete it to use the one before")
 
@@ -173,17 +253,27 @@ def load_model(out_dir, step=None, device="cpu"):
         fail(f"{out_dir} holds no checkpoint of step {step}; it has {', '.join(map(str, found))}")
     checkpoint = load_checkpoint(found[max(found) if step is None else step], device)
     config = ModelConfig(**{field.name: checkpoint["config"][field.name] for field in fields(ModelConfig) if field.name in checkpoint["config"]})
-    model = Llama(config).to(device)
     try:
+        if config.n_layers > len(checkpoint["model"]):
+            raise ValueError(f"{config.n_layers} blocks")
+        with torch.device("meta"):  # shapes without memory: a config may say anything
+            expected = Llama(config).state_dict()
+        for name in {**expected, **checkpoint["model"]}:
+            if name not in expected or name not in checkpoint["model"] or expected[name].shape != checkpoint["model"][name].shape:
+                raise ValueError(name)
+        model = Llama(config).to(device)
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        fail(f"the weights in {out_dir} do not fit the shape in their config: {str(error).splitlines()[-1].strip()}")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        fail(f"the weights in {out_dir} do not fit the shape in their config: {reason}")
     return model.eval(), load_tokenizer(out_dir), checkpoint
 
 
 def read_log(out_dir, up_to=math.inf):
     """The lines of log.jsonl as dicts, up to and including step `up_to`. A last line torn by a crash is left out; other damage ends the program."""
     path, lines = os.path.join(out_dir, "log.jsonl"), []
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"{path} is not a regular file: copy the log again")
     if os.path.exists(path):
         with open(path, encoding="utf8", errors="replace") as file:
             for number, text in enumerate(file, 1):
@@ -192,7 +282,7 @@ def read_log(out_dir, up_to=math.inf):
                     if not (isinstance(line, dict) and type(line.get("step")) is int and "kind" in line):
                         raise ValueError
                     lines.append(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     if text.endswith("\n"):
                         fail(f"{path}, line {number} is damaged: {text[:40]!r}; copy the log again, or delete the line")
     return [line for line in lines if line["step"] <= up_to]

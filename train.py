@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -29,6 +30,8 @@ import time
 import zlib
 from dataclasses import dataclass
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends the program and shows no traceback
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -39,7 +42,7 @@ import maml
 import smlmt
 import spectra
 from model import Llama, ModelConfig
-from runs import checkpoints, decode, fail, keep_freed_memory, load_checkpoint, load_corpus, read_json, read_log, write_atomic
+from runs import cannot_write, checkpoints, decode, fail, keep_freed_memory, load_checkpoint, load_corpus, lock, read_json, read_log, write_atomic
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 started = time.perf_counter()
@@ -118,10 +121,13 @@ TARGETS = {"head": (), "attention": ("attention.",), "mlp": ("mlp.",), "attentio
 def check(config):
     """End the program with one line that names the setting, if a value or a combination of settings makes no sense."""
     least = {"n_way": 2, "episode_len": smlmt.MIN_WINDOW} | dict.fromkeys("seed micro_batch_size warmup_steps micro_episodes inner_steps".split(), 0)
+    most = {"n_layers": 1000, "head_layers": 1000, "n_way": 65_536, "inner_steps": 1000}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type is int and not least.get(field.name, 1) <= value < 2**63:
-            fail(f"{field.name} = {value}: {field.name} must be at least {least.get(field.name, 1)}")
+        value, low, high = getattr(config, field.name), least.get(field.name, 1), most.get(field.name, 2**63 - 1)
+        if field.type is int and not low <= value <= high:
+            fail(f"{field.name} = {value}: {field.name} must be at {f'least {low}' if value < low else f'most {high}'}")
+        if field.type is str and not value.isprintable():
+            fail(f"{field.name} = {value!r}: {field.name} is text in one line, without control characters")
     choices = {"device": "auto cpu cuda", "dtype": "auto float32 bfloat16 float16", "schedule": "linear cosine constant",
                "readout": "before mask last", "target": " ".join(TARGETS), "on_collapse": "off stop vanilla meta"}  # fmt: skip
     for name, words in choices.items():
@@ -136,6 +142,19 @@ def check(config):
         fail(f"d_model = {config.d_model} must divide into n_heads = {config.n_heads} heads of an even width (rotary positions turn pairs)")
     if config.n_heads % config.n_kv_heads:
         fail(f"n_kv_heads = {config.n_kv_heads} must divide n_heads = {config.n_heads}: each key/value head serves equally many query heads")
+    memory, rows, episodes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), config.batch_size, config.episodes_per_step
+    C, H = config.d_model, config.head_hidden
+    held = {  # settings -> numbers that a machine has in memory at the very least, whatever else it has
+        "d_model n_layers d_ff": config.n_layers * C * (2 * C + 3 * config.d_ff),
+        "d_model head_layers head_hidden": (C * H + (config.head_layers - 2) * H * H) * (config.head_layers > 1),
+        "batch_size micro_batch_size block_size": max(rows, min(rows, config.micro_batch_size or rows) * config.block_size),
+        "episodes_per_step micro_episodes n_way k_shot q_query episode_len": min(episodes, config.micro_episodes or episodes)
+            * config.n_way * (config.k_shot + config.q_query) * config.episode_len * (config.meta_ratio > 0),
+    }  # fmt: skip
+    for names, numbers in held.items():
+        if 4 * numbers > memory:
+            shown = ", ".join(f"{name} = {getattr(config, name)}" for name in names.split())
+            fail(f"{shown}: this takes {4 * numbers / 2**30:,.0f} GiB of memory or more, and this machine has {memory / 2**30:,.0f}: lower one")
     for name in ["batch_size"] + ["episodes_per_step"] * (config.meta_ratio > 0):
         if getattr(config, name) < world:
             fail(f"{name} = {getattr(config, name)}, but there are {world} processes to share it: raise {name}, or start fewer")
@@ -198,6 +217,18 @@ def leave(signum, frame):
 
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, leave)
+
+
+def unexpected(kind, error, trace):
+    """What an exception that nobody caught prints: a line where memory has run out, else all there is to find the mistake by."""
+    if issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        print("error: out of memory: lower micro_batch_size and micro_episodes (0 takes all at once), block_size or the size of the model; "
+              "the last checkpoint stands", file=sys.stderr)  # fmt: skip
+        end(1)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = unexpected
 
 if config.device == "cuda" and not torch.cuda.is_available():
     fail("device = cuda, but torch finds no CUDA GPU here; take --device=cpu, or install a CUDA build of torch")
@@ -282,12 +313,14 @@ if rank:  # the first process goes ahead up to the loop: it may have a corpus to
         wait()
 if config.resume and not os.path.exists(config_path):
     fail(f"resume = True, but {config.out_dir} holds no run; check --out_dir, or leave --resume out to start one")
-if not config.resume and not rank and (os.path.exists(config_path) or checkpoints(config.out_dir)):
-    fail(f"{config.out_dir} already holds a run: go on with --resume=True, or take another --out_dir")
 try:
     os.makedirs(config.out_dir, exist_ok=True)
 except OSError as error:
     fail(f"cannot make the run folder {config.out_dir}: {error.strerror}; take another --out_dir")
+if not rank:
+    lock(config.out_dir)
+    if not config.resume and (os.path.exists(config_path) or checkpoints(config.out_dir)):
+        fail(f"{config.out_dir} already holds a run: go on with --resume=True, or take another --out_dir")
 
 corpus_dir = os.path.join(config.data_dir, config.dataset)
 if not os.path.exists(os.path.join(corpus_dir, "meta.json")):
@@ -567,6 +600,7 @@ def save(step):
         end(1, f"step {step}: weights are not finite; nothing of this step was saved. Try a lower lr or weight_decay")
     if rank:
         return
+    os.fsync(log_file.fileno())  # a checkpoint never knows of steps that the log has lost
     state = {
         "model": model.state_dict(), "head": {name: p.detach() for name, p in head.items()}, "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
@@ -576,8 +610,9 @@ def save(step):
     write_atomic(os.path.join(config.out_dir, f"spectra_{step:06d}.npz"), lambda file: np.savez(file, **measured))
     write_atomic(os.path.join(config.out_dir, f"ckpt_{step:06d}.pt"), lambda file: torch.save(state, file))
     for path in list(checkpoints(config.out_dir).values())[-3:-2]:
-        older = load_checkpoint(path) | {"optimizer": {}, "scaler": {}}
-        write_atomic(path, lambda file, older=older: torch.save(older, file))
+        with contextlib.suppress(SystemExit):  # one that was damaged since: it is said, and no reason to end a run
+            older = load_checkpoint(path) | {"optimizer": {}, "scaler": {}}
+            write_atomic(path, lambda file, older=older: torch.save(older, file))
 
 
 def plot():
@@ -628,21 +663,30 @@ if config.resume:
             fail(f"max_steps = {config.max_steps}, but {config.out_dir} is at step {checkpoint['step']} already: raise max_steps")
         if not checkpoint["optimizer"]:
             fail(f"{found[max(found)]} has no optimizer any more (only the newest two keep it): it can be evaluated but not gone on from")
-        model.load_state_dict(checkpoint["model"])
-        with torch.no_grad():
-            for name, p in head.items():
-                p.copy_(checkpoint["head"][name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # a run may change its dtype
+        try:
+            model.load_state_dict(checkpoint["model"])
+            with torch.no_grad():
+                for name, p in head.items():
+                    p.copy_(checkpoint["head"][name])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # a run may change its dtype
+            if any(optimizer.state[p][moment].shape != p.shape for p in optimizer.state for moment in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("moments of another shape")
+            if set(checkpoint["progress"]) != set(progress) or not all(math.isfinite(value) for value in checkpoint["progress"].values()):
+                raise ValueError("its progress is not what train.py saves")
+        except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
+            fail(f"{found[max(found)]} does not fit the run in {config_path} ({reason}): delete it to use the one before")
         step, progress = checkpoint["step"], checkpoint["progress"]
-        if checkpoint["config"]["max_steps"] != config.max_steps:
-            say(f"resume  max_steps was {checkpoint['config']['max_steps']} and is now {config.max_steps}: from here on the learning rate follows "
-                  f"the {config.schedule} schedule of {config.max_steps} steps, {lr_at(step + 1):.2e} at the next step")
-    if begun["lr"] != config.lr:
-        say(f"resume  lr was {begun['lr']} and is now {config.lr}: from here on this is no longer the run that was begun")
+        if checkpoint["config"].get("max_steps") != config.max_steps:
+            say(f"resume  max_steps was {checkpoint['config'].get('max_steps')} and is now {config.max_steps}: from here on the learning rate "
+                  f"follows the {config.schedule} schedule of {config.max_steps} steps, {lr_at(step + 1):.2e} at the next step")
+    if begun.get("lr") != config.lr:
+        say(f"resume  lr was {begun.get('lr')} and is now {config.lr}: from here on this is no longer the run that was begun")
     kept = read_log(config.out_dir, up_to=step if found else -1)  # what was logged after the checkpoint is done again
-    if not rank:
-        write_atomic(log_path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+    logged = [line["step"] for line in kept if line["kind"] in ("lm", "meta")]
+    if logged and logged != [*range(logged[0], step + 1)]:
+        fail(f"{log_path} does not have each step up to {step}, the newest checkpoint's, once: copy it again, or delete it to do without its lines")
     say(f"resume  {config.out_dir} after step {step}")
 if not rank:
     wait()  # until here: the others find no mistake any more
@@ -659,17 +703,25 @@ log_file = None
 if not rank:
     if config.wandb:
         tracker = start_wandb()  # before anything is written: without a login there is no run yet
+    for name in os.listdir(config.out_dir):
+        if re.fullmatch(r"(ckpt|spectra)_\d+\.\w+\.\d+\.tmp", name):
+            os.unlink(os.path.join(config.out_dir, name))  # of a process that was killed while saving
     for name in ("tokenizer.tiktoken", "meta.json"):
-        shutil.copyfile(os.path.join(corpus_dir, name), os.path.join(config.out_dir, name))
+        with open(os.path.join(corpus_dir, name), "rb") as file:
+            write_atomic(os.path.join(config.out_dir, name), lambda copy, file=file: shutil.copyfileobj(file, copy))
+    write_atomic(log_path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
     write_atomic(config_path, lambda file: file.write(json.dumps(dataclasses.asdict(config) | made, indent=2).encode()))
-    log_file = open(log_path, "a", encoding="utf8")
+    log_file = open(log_path, "ab", buffering=0)
 
 
 def log(line):
     """One object a line, handed to the system before the next step begins."""
-    if log_file:
-        log_file.write(json.dumps(line) + "\n")
-        log_file.flush()
+    text = f"{json.dumps(line)}\n".encode() if log_file else b""
+    try:
+        while text:  # a disk that fills up takes a part first
+            text = text[log_file.write(text) :]
+    except OSError as error:
+        cannot_write(log_path, error)
     if tracker:
         tracker.log(line, step=line["step"])
 
@@ -682,6 +734,8 @@ def look():
     """Evaluate, log and print. The last evaluation takes more episodes, for a smaller standard error."""
     global collapsed
     numbers = evaluate(n_episodes=64 if step == config.max_steps else 8)
+    if not math.isfinite(numbers["val_loss"]):
+        end(1, f"step {step}: validation loss {numbers['val_loss']}; nothing of this step was saved. Try a lower lr or a longer warm-up")
     inside = {} if rank else spectra.summary(spectra.measure(model, to_device(spectra.probe(corpus.val, config.block_size)[0]), complain=say))
     level = over_all(torch.tensor(inside.get(spectra.SIGNAL, 0.0), dtype=torch.float64, device=device)).item()  # the first process's, for all
     tick()
@@ -716,7 +770,7 @@ clock = time.perf_counter()
 first_step, steady = step, None  # the first step compiles and says nothing about how long the others take
 skipped, stopping = 0, False  # steps in a row that overflowed float16; whether any process was asked to stop
 numbers = next((line for line in kept if line["kind"] == "eval" and line["step"] == step), None)  # a run that was over already was looked at then
-if numbers is None and step in (0, config.max_steps):
+if numbers is None and (step % config.eval_interval == 0 or step == config.max_steps):  # or its line was torn
     numbers = look()
 while not over() and not stopping:
     # ------------------------------------------------------------------------------------------------------------------------------------------------
@@ -730,17 +784,17 @@ while not over() and not stopping:
         if p.grad is not None:
             over_all(p.grad)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
+    norm, size = torch.stack((torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip), torch.nn.utils.get_total_norm(parameters))).tolist()
     *values, stopping = over_all(torch.stack([*shares.values(), torch.tensor(float(bool(stopped_by)), device=device)])).tolist()
     line = dict(zip(shares, values, strict=True))
     loss = line["lm_loss"] if kind == "lm" else line["meta_loss"]
-    finite = math.isfinite(loss + norm)
+    finite = math.isfinite(loss + norm + size)
     skipped = 0 if finite else skipped + 1
-    if skipped == (20 if scaler.is_enabled() else 1):
+    if skipped == (20 if scaler.is_enabled() else 1) or not math.isfinite(size):
         last = max(checkpoints(config.out_dir), default=None)
         so_far = ", the 20th in a row" if skipped > 1 else ""
-        end(1, f"step {step}: loss {loss}, gradient norm {norm}{so_far}. Nothing of this step was saved; the last "
-               f"checkpoint is {'none' if last is None else f'of step {last}'}. Try a lower lr or a longer warm-up")
+        end(1, f"step {step}: loss {loss}, gradient norm {norm}, norm of weights {size}{so_far}. Nothing of it was saved; the last checkpoint is "
+               f"{'none' if last is None else f'of step {last}'}. Try a lower {'lr' if kind == 'lm' else 'lr, inner_lr'} or a longer warm-up")
     scaler.step(optimizer)  # leaves the weights alone if a scaled gradient overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

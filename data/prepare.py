@@ -21,6 +21,7 @@ is saved every half minute: after Ctrl-C, a lost connection or kill -9 the same 
 import argparse
 import ast
 import base64
+import errno
 import gc
 import glob
 import hashlib
@@ -328,9 +329,9 @@ def load_tokenizer(folder, described_in="meta.json"):
         lines = (folder / "tokenizer.tiktoken").read_bytes()
     except FileNotFoundError as error:
         fail(f"--tokenizer={folder} is not the folder of a prepared corpus: it has no {Path(error.filename).name}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"{folder / 'meta.json'} is damaged ({error}): prepare that corpus again")
-    if not {"sha256", "pattern", "special_tokens"} <= set(meta):
+    if not isinstance(meta, dict) or not {"sha256", "pattern", "special_tokens"} <= set(meta):
         fail(f"{folder / 'meta.json'} does not describe a corpus: prepare that corpus again")
     if hashlib.sha256(lines).hexdigest() != meta["sha256"]["tokenizer.tiktoken"]:
         fail(f"{folder / 'tokenizer.tiktoken'} is not the file that its meta.json describes: prepare that corpus again")
@@ -546,9 +547,11 @@ def saved_state(folder, command):
     try:
         state = json.loads((folder / "state.json").read_text())
         held = [(folder / "train.bin").stat().st_size, *((folder / f"val.{i}.bin").stat().st_size for i in range(len(state["done"])))]
-    except (OSError, ValueError):
+        needed = [sum(done["train"]["tokens"] for done in state["done"]), *(done["val"]["tokens"] for done in state["done"])]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    needed = [sum(done["train"]["tokens"] for done in state["done"]), *(done["val"]["tokens"] for done in state["done"])]
+    if any(path.is_symlink() for path in [folder, *folder.iterdir()]):    # we make none: what is written here is to stay here
+        return None
     return state if state["command"] == command and all(size >= 2 * n for size, n in zip(held, needed, strict=True)) else None
 
 
@@ -607,6 +610,8 @@ def prepare(args, folder, partial, sources, packages, tokenizer, versions, comma
     """Makes the four files in the folder `partial`, moves them to their names in `folder`, and returns the content of meta.json."""
     state = saved_state(partial, command)
     if state is None:
+        if partial.is_symlink():
+            partial.unlink()
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(exist_ok=True)    # where nothing can be written, better to learn it before the work
     if packages:
@@ -654,9 +659,12 @@ def stop(signum, frame):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    args = arguments()
     try:
-        main(arguments())
-    except OSError as error:
-        fail(f"{error.filename or 'the corpus'}: {error.strerror or error}")
+        main(args)
+    except OSError as error:    # numpy's, of a full disk, has no number
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = ": free space on its disk, or choose another --data_dir" if full else ""
+        fail(f"{error.filename or args.data_dir / args.name}: {error.strerror or error}{hint}")
     except BrokenProcessPool:
         fail("a process that read modules was killed, perhaps for lack of memory: try --workers=1")
