@@ -115,7 +115,7 @@ MISTAKES = {  # the words, and what the one line says; {here} is the folder of t
     "no such setting": (["{here}/maml", "--episodes=7"], ["'episodes'", "'n_episodes'"]),
     "shots": (["{here}/maml", "--shots=1,0"], ["shots = 1,0"]),
     "shots by word": (["{here}/maml", "--shots=few"], ["shots = few"]),
-    "no corpus": (["{here}/maml", "--data_dir={here}/empty"], ["there is no corpus {here}/empty/docstrings", "--data_dir="]),
+    "no corpus": (["{here}/maml", "--data_dir={here}/empty"], ["there is no corpus", "empty/docstrings", "--data_dir="]),
     "few words": (["{here}/few words"], ["no episodes", "n_way=1000"]),
     "another corpus": (["{here}/maml", "{here}/another corpus"], ["another corpus was trained on corpus 0123456789ab", "one corpus"]),
     "no data": (["{here}/maml", "--data={here}/mamba"], ["mamba: no such folder", "hf:NAME"]),
