@@ -764,11 +764,39 @@ def tick():
     return seconds
 
 
+def read(step, kind, lr, names, values):
+    """Wait for the numbers of a step, then check, count, log and print them."""
+    global skipped, stopping, steady
+    *values, stopping, norm, size = values.tolist()
+    seconds, line, cost = tick(), dict(zip(names, values, strict=True)), cost_of(kind)
+    loss = line["lm_loss"] if kind == "lm" else line["meta_loss"]
+    finite = math.isfinite(loss + norm + size)
+    skipped = 0 if finite else skipped + 1
+    if skipped == (20 if scaler.is_enabled() else 1) or not math.isfinite(size):
+        last = max(checkpoints(config.out_dir), default=None)
+        so_far = ", the 20th in a row" if skipped > 1 else ""
+        end(1, f"step {step}: loss {loss}, gradient norm {norm}, norm of weights {size}{so_far}. Nothing of it was saved; the last checkpoint is "
+               f"{'none' if last is None else f'of step {last}'}. Try a lower {'lr' if kind == 'lm' else 'lr, inner_lr'} or a longer warm-up")
+    for key, value in cost.items():
+        progress[key] += value
+    speed = (cost.get("lm_tokens", 0) + cost.get("episode_tokens", 0)) / seconds
+    line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, "skipped": skipped, "loss_scale": scaler.get_scale()}
+    log({"step": step, "kind": kind, **line, **progress, "tokens_per_second": speed})
+    steady = steady or time.perf_counter()
+    left = round((time.perf_counter() - steady) / max(1, step - first_step - 1) * (config.max_steps - step))
+    if step % config.log_interval == 0 or step == config.max_steps or not finite:
+        shown = f"lm_loss {loss:.4f}" if kind == "lm" else f"meta_loss {loss:.4f}  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
+        shown += f"  lr {lr:.2e}  norm {norm:.2f}" if finite else f"  skipped: float16 overflow, loss scale now {scaler.get_scale():g}"
+        eta = f"left {left // 60}m{left % 60:02d}s" if step > first_step + 1 else ""
+        say(f"step {step:6d}/{config.max_steps}  {shown}  {speed / 1e3:.1f}k tok/s  {eta}")
+
+
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, stop)
 clock = time.perf_counter()
 first_step, steady = step, None  # the first step compiles and says nothing about how long the others take
 skipped, stopping = 0, False  # steps in a row that overflowed float16; whether any process was asked to stop
+late, unread = int(device.type == "cuda" and not scaler.is_enabled()), []  # a GPU works on a step while the numbers of the one before are read
 numbers = next((line for line in kept if line["kind"] == "eval" and line["step"] == step), None)  # a run that was over already was looked at then
 if numbers is None and (step % config.eval_interval == 0 or step == config.max_steps):  # or its line was torn
     numbers = look()
@@ -784,36 +812,17 @@ while not over() and not stopping:
         if p.grad is not None:
             over_all(p.grad)
     scaler.unscale_(optimizer)
-    norm, size = torch.stack((torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip), torch.nn.utils.get_total_norm(parameters))).tolist()
-    *values, stopping = over_all(torch.stack([*shares.values(), torch.tensor(float(bool(stopped_by)), device=device)])).tolist()
-    line = dict(zip(shares, values, strict=True))
-    loss = line["lm_loss"] if kind == "lm" else line["meta_loss"]
-    finite = math.isfinite(loss + norm + size)
-    skipped = 0 if finite else skipped + 1
-    if skipped == (20 if scaler.is_enabled() else 1) or not math.isfinite(size):
-        last = max(checkpoints(config.out_dir), default=None)
-        so_far = ", the 20th in a row" if skipped > 1 else ""
-        end(1, f"step {step}: loss {loss}, gradient norm {norm}, norm of weights {size}{so_far}. Nothing of it was saved; the last checkpoint is "
-               f"{'none' if last is None else f'of step {last}'}. Try a lower {'lr' if kind == 'lm' else 'lr, inner_lr'} or a longer warm-up")
+    norm, size = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip), torch.nn.utils.get_total_norm(parameters)
+    sums = over_all(torch.stack([*shares.values(), torch.full((), float(bool(stopped_by)), device=device)]))
+    unread.append((step, kind, lr, list(shares), torch.cat((sums, torch.stack((norm, size))))))
     scaler.step(optimizer)  # leaves the weights alone if a scaled gradient overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    seconds = tick()
     # ------------------------------------------------------------------------------------------------------------------------------------------------
-    cost = cost_of(kind)
-    for key, value in cost.items():
-        progress[key] += value
-    speed = (cost.get("lm_tokens", 0) + cost.get("episode_tokens", 0)) / seconds
-    line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, "skipped": skipped, "loss_scale": scaler.get_scale()}
-    log({"step": step, "kind": kind, **line, **progress, "tokens_per_second": speed})
-    steady = steady or time.perf_counter()
-    left = round((time.perf_counter() - steady) / max(1, step - first_step - 1) * (config.max_steps - step))
-    if step % config.log_interval == 0 or step == config.max_steps or not finite:
-        shown = f"lm_loss {loss:.4f}" if kind == "lm" else f"meta_loss {loss:.4f}  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
-        shown += f"  lr {lr:.2e}  norm {norm:.2f}" if finite else f"  skipped: float16 overflow, loss scale now {scaler.get_scale():g}"
-        eta = f"left {left // 60}m{left % 60:02d}s" if step > first_step + 1 else ""
-        say(f"step {step:6d}/{config.max_steps}  {shown}  {speed / 1e3:.1f}k tok/s  {eta}")
-    if step % config.eval_interval == 0 or step == config.max_steps:
+    looks = step % config.eval_interval == 0 or step == config.max_steps
+    while len(unread) > late or (unread and (looks or stopping or over() or step % config.ckpt_interval == 0)):
+        read(*unread.pop(0))
+    if looks:
         numbers = look()
     if step % config.ckpt_interval == 0 or over() or stopping:
         save(step)
