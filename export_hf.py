@@ -34,7 +34,7 @@ from safetensors.torch import save
 
 import configurator
 from model import Llama, ModelConfig
-from runs import fail, load_model, read_json, read_log, write_atomic
+from runs import UTF8, fail, load_model, read_json, read_log, write_atomic
 
 
 @dataclass
@@ -328,7 +328,6 @@ def weights_of(folder):
 LETTERS, NUMBERS, OTHERS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+", r"| ?\p{N}+", r"| ?[^\s\p{L}\p{N}]+"
 GPT2 = LETTERS + NUMBERS + OTHERS + r"|\s+(?!\S)|\s+"  # the pattern that ByteLevel brings
 LONGEST = 1000  # bytes in a token, at most: to check one takes time by their square
-NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no text in UTF-8 has
 SAMPLE = "Größe's 12,345\n\n  a\tΩ  Всички يولد 人人 वह 👩‍👧 cafe\u0301 \u00a0\u2003\u3000\u200b\ufeff\x00\x1c\x85\u2028 ½ Ⅻ $%^ _=\r\n "
 
 
@@ -414,7 +413,7 @@ def _tokenizer_of(theirs, folder, path, n_rows):
     ranks = {bytes(bytes_of[letter] for letter in token): i for token, i in ordinary.items()}
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in bpe["merges"]]
     pairs = [tuple(bytes(bytes_of[letter] for letter in part) for part in merge) for merge in merges]
-    if absent := set(range(256)) - NEVER - {token[0] for token in ranks if len(token) == 1}:
+    if absent := UTF8 - {token[0] for token in ranks if len(token) == 1}:
         fail(f"{path} has no token for the byte {min(absent)}: it cannot write every text")
     if any(len(token) > LONGEST for token in ranks):
         fail(f"{path} has tokens of more than {LONGEST} bytes, which is no vocabulary for text")

@@ -132,6 +132,9 @@ def read_json(path, repair="make it or copy it again"):
         fail(f"{path} is not valid JSON ({error}): it is damaged; {repair}")
 
 
+UTF8 = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # the bytes that a text may have
+
+
 class Encoding(tiktoken.Encoding):
     """tiktoken's, with two differences in what is encoded. A million spaces, on which the regex engine's stack would overflow, go in pieces, as in
     data/prepare.py. And some tokenizers that export_hf.py brought compose characters, e and an accent into é, before they read a text."""
@@ -154,9 +157,9 @@ def load_tokenizer(folder):
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
         special = meta["special_tokens"]
         # What tiktoken takes on trust, and dies of.
-        if sorted(ranks.values()) + sorted(special.values()) != list(range(len(ranks) + len(special))):
+        if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))):
             raise ValueError("its ids and those of the special tokens are not 0, 1, 2, ...")
-        if not {"<|endoftext|>", "<|mask|>"} <= set(special) or not {bytes([byte]) for byte in range(256)} <= set(ranks) or not meta["pattern"]:
+        if not {"<|endoftext|>", "<|mask|>"} <= set(special) or not {bytes([byte]) for byte in UTF8} <= set(ranks) or not meta["pattern"]:
             raise ValueError("it lacks a byte, a special token or the pattern")
         encoding = Encoding(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
         encoding.normalizer = "NFC" if meta.get("normalizer") == "NFC" else None
