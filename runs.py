@@ -34,6 +34,17 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+def stopped(kind, error, trace):
+    """Ctrl-C ends a script with a word and no traceback. Files are written whole or not at all, so there is nothing to clear away."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = stopped
+
+
 def cannot_write(path, error):
     """End the program with what an OSError of writing means."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -124,7 +135,7 @@ def read_json(path, repair="make it or copy it again"):
         with open_file(path) as file:
             found = json.loads(file.read().decode())
         if not isinstance(found, dict):
-            raise ValueError(f"{type(found).__name__} instead of an object")
+            raise ValueError("an object is expected")
         return found
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")

@@ -563,5 +563,5 @@ def test_an_error_has_a_line_of_its_own(tmp_path, capsys):
     (tmp_path / "list.json").write_text("[1]")
     with tqdm(total=2, file=sys.stderr), pytest.raises(SystemExit):
         runs.read_json(str(tmp_path / "list.json"))
-    assert f"error: {tmp_path}/list.json is not valid JSON (an object is expected): it is damaged; prepare or copy it again" in [
+    assert f"error: {tmp_path}/list.json is not valid JSON (an object is expected): it is damaged; make it or copy it again" in [
         line.strip() for line in capsys.readouterr().err.splitlines()]  # fmt: skip
