@@ -5,8 +5,10 @@
     python eval_fewshot.py out/11m --data=hf:SetFit/subj         # or of a Hugging Face dataset
 
 A draw shows a classifier K examples of each class (the support) and grades it on others (the query). Three classifiers read the same features:
-adapt      a fresh head, whose last layer is zero and whose hidden layers, if any, are the learnt ones, after the run's own inner loop, `maml.adapt`
-logistic   logistic regression with a Gaussian prior on the weights, of features of length sqrt(d), to the end: scikit-learn's defaults
+adapt      a fresh head, whose last layer is zero and whose hidden layers, if any, are the learnt ones, after the run's own inner loop, `maml.adapt`;
+           of a run with another target the head alone
+logistic   logistic regression, its weights with a Gaussian prior, of features of length sqrt(d), to the end: with three or more classes that
+           of scikit-learn's defaults
 prototype  the class with the nearest mean (Snell et al. 2017, https://arxiv.org/abs/1703.05175)
 
 `adapt` keeps the inner learning rate of training, which suits the number of classes there: steps of gradient descent on features of length 1 and a
@@ -37,7 +39,7 @@ import configurator
 import maml
 import smlmt
 from model import Llama
-from runs import datasets_library, fail, load_corpus, load_model, read_columns, read_files, read_json, text_files, write_atomic
+from runs import datasets_library, fail, load_corpus, load_model, other_corpus, read_columns, read_files, text_files, write_atomic
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
@@ -48,6 +50,7 @@ class Config:
     data: str = ""  # sentences: a folder of <task>_train and <task>_test files, or hf:NAME or hf:NAME,CONFIGURATION; empty takes words only
     text_column: str = "text"  # column of the sentences
     label_column: str = "label"  # column of their classes
+    split: str = ""  # of a Hugging Face dataset, to be graded on; empty takes test or else validation
     shots: str = "1,4,16"  # K, the examples of a class
     n_episodes: int = 64  # draws of each K; 64 are those that training ends with
     data_dir: str = ""  # where the corpora are; empty takes the first run's
@@ -106,13 +109,10 @@ class Task:
 def word_tasks():
     """Which word was blanked? Episodes on held-out and on other words, as at the end of training. The second value: why some are left out, a list."""
     path = os.path.join(config.data_dir or settings["data_dir"], settings["dataset"])
-    if config.data and not os.path.exists(os.path.join(path, "meta.json")):
-        return [], [f"there is no corpus {path}: name its parent with --data_dir="]
-    corpus = load_corpus(path)
     for folder in folders:
-        trained_on = read_json(os.path.join(folder, "meta.json"))["corpus_hash"]
-        if trained_on != corpus.meta["corpus_hash"]:
-            return [], [f"{folder} was trained on corpus {trained_on}, not on {corpus.meta['corpus_hash']}: words need one corpus for all"]
+        if why := other_corpus(folder, path):
+            return [], [why + " (words need one corpus for all runs)" * (len(folders) > 1)]
+    corpus = load_corpus(path)
     wanted = {name: settings[name] for name in "n_way q_query episode_len readout word_min_count word_max_count".split()}
     vectors = bigram_vectors(corpus) if corpus.vocab_size <= 8192 else None
     tasks, why = [], []
@@ -147,8 +147,9 @@ def sentence_task(name, train, test):
             fail(f"{name}: the {split} data {'has rows without text or label' if found else 'holds no rows'}; see --text_column and --label_column")
     labels = [[str(label) for _, label in found] for found in (train, test)]
     if set(labels[0]) != set(labels[1]):
-        only = [", ".join(sorted(set(labels[i]) - set(labels[1 - i]))) or "none" for i in (0, 1)]
-        fail(f"{name}: training and test data have different labels: only in training {only[0]}; only in test {only[1]}")
+        only = [sorted(set(labels[i]) - set(labels[1 - i])) for i in (0, 1)]
+        only = [(", ".join(map(repr, found[:5])) or "none") + ", ..." * (len(found) > 5) for found in only]  # of a wrong column all rows differ
+        fail(f"{name}: training and test data have different labels: only in training {only[0]}; only in test {only[1]}; see --label_column, --split")
     count = Counter(labels[0])
     rare, least = min(count.items(), key=lambda item: item[1])
     if len(count) < 2 or least < shots[-1]:
@@ -182,9 +183,9 @@ def sentence_tasks():
         name, *part = config.data[3:].split(",")
         with datasets_library(name) as datasets:
             splits = datasets.get_dataset_split_names(name, *part)
-        last = "test" if "test" in splits else "validation"
+        last = config.split or ("test" if "test" in splits else "validation")
         if not {"train", last} <= set(splits):
-            fail(f"{name} has the splits {', '.join(splits)}: it takes train, and test or validation")
+            fail(f"{name} has the splits {', '.join(splits)}: it takes train, and {config.split or 'test or validation'}; see --split")
         return [sentence_task(name, *(read_columns(name, columns, name, *part, split=split) for split in ("train", last)))]
     files = text_files(config.data)
     names = sorted({name.removesuffix(end) for name in files for end in ("_train", "_test") if name.endswith(end)})

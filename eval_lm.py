@@ -169,6 +169,8 @@ stride = config.stride or -(-context // 2)
 if stride > context:
     fail(f"stride = {stride} is longer than context = {context}: tokens between two windows would not be read")
 domains = read_domains()
+if "all" in domains and len(domains) > 1:
+    fail(f"a domain of {config.data} is named all, as the row of all domains together is: give it another name")
 texts = sum(domains.values(), [])
 where = np.repeat(np.arange(len(domains)), [len(found) for found in domains.values()])  # (D,) the domain of each document
 groups = {domain: where == i for i, domain in enumerate(domains)} | {"all": where >= 0}

@@ -22,7 +22,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import warnings
 import zlib
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -127,7 +126,7 @@ def read_iob2(path):
         columns = line.split("\t")
         if line.startswith("# text ="):
             text = line.removeprefix("# text =").strip()
-        elif not line.strip():
+        elif not line.strip(" "):
             if words:
                 sentences.append(Sentence(words, tags, text))
             words, tags, text = [], [], ""
@@ -424,6 +423,7 @@ def digest(*parts):
 
 def evaluate(config, folder, label, model, encoding, data, modes, seeds):
     """Results of one model, {(mode, seed): {..., "sets": {name: score}}}: read from `folder`/ner where they are there, else made and kept there."""
+    os.makedirs(os.path.join(folder, "ner"), exist_ok=True)  # first, for a folder that cannot be written should say so before the work
     train, dev, tests = data
     dev_rows, test_rows = rows_of(encoding, dev, config), {name: rows_of(encoding, sentences, config) for name, sentences in tests.items()}
     all_rows, frozen_read, results = None if config.shots else rows_of(encoding, train, config), frozen(model), {}
@@ -437,7 +437,7 @@ def evaluate(config, folder, label, model, encoding, data, modes, seeds):
             if os.path.islink(os.path.dirname(path)):  # we make none: what is kept here is to stay here
                 fail(f"{os.path.dirname(path)} is a link to another folder: delete it")
             if os.path.exists(path):
-                results[mode, seed] = read_json(path)
+                results[mode, seed] = read_json(path, "delete it and give the command again")
                 continue
             started, tuned = time.perf_counter(), model if mode == "head" else copy.deepcopy(model)
             read, backbone = frozen_read, []
@@ -448,7 +448,6 @@ def evaluate(config, folder, label, model, encoding, data, modes, seeds):
             sets = {name: score(sentences, predict(read, head, test_rows[name], sentences)) for name, sentences in tests.items()}
             result = {"settings": asdict(config), "mode": mode, "seed": seed, "dev_f1": dev_f1, "epoch": epoch,
                       "seconds": round(time.perf_counter() - started, 1), "sets": sets}  # fmt: skip
-            os.makedirs(os.path.dirname(path), exist_ok=True)
             write_atomic(path, lambda file, result=result: file.write(json.dumps(result).encode()))
             print(f"{folder} {label}, {mode}, seed {seed}: dev F1 {dev_f1:.3f} after epoch {epoch}, {result['seconds']:.0f} s", file=sys.stderr)
             results[mode, seed] = result
@@ -535,7 +534,6 @@ def main(argv):
             fail(f"{folder or 'nothing'} is not a run folder: python eval_ner.py out/<run> ...")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    warnings.filterwarnings("ignore", category=UserWarning, module="seqeval")
     folders = [os.path.normpath(folder) for folder in dict.fromkeys(folders)]
     models = {folder: load_model(folder, None if config.step == -1 else config.step, config.device) for folder in folders}
     data, modes, seeds = load_sets(config), ["head", "full"] if config.mode == "both" else [config.mode], config.seeds or (5 if config.shots else 1)
@@ -560,3 +558,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on with what is missing", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        fail(f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}; what is finished is kept")

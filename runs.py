@@ -5,6 +5,7 @@ ever executed, checkpoints are read with weights_only=True, and sizes and hashes
 """
 import base64
 import contextlib
+import ctypes
 import errno
 import glob
 import hashlib
@@ -13,6 +14,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,8 +30,19 @@ from model import Llama, ModelConfig
 
 def fail(message, code=2):
     """End the program with one line. Code 2: the user can mend it before anything starts; code 1: it happened while working."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     sys.exit(code)
+
+
+def stopped(kind, error, trace):
+    """Ctrl-C ends a script with a word and no traceback. Files are written whole or not at all, so there is nothing to clear away."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = stopped
 
 
 def cannot_write(path, error):
@@ -41,10 +54,10 @@ def cannot_write(path, error):
 
 def write_atomic(path, write):
     """Call `write(file)` on a file beside `path`, flush it to the disk, rename it into place: `path` is the old file or the new one, never half."""
-    beside = path + ".tmp"
+    beside = f"{path}.{os.getpid()}.tmp"  # of this process alone: another may write the same file at the same time
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)  # what a killed process left; or a link, which opening would follow to who knows where
+            os.unlink(beside)  # what a killed process of this number left; or a link, which opening would follow to who knows where
         with open(beside, "xb") as file:
             write(file)
             file.flush()
@@ -86,6 +99,13 @@ def open_file(path):
     return open(path, "rb")
 
 
+def keep_freed_memory():
+    """Have glibc keep what is freed: one arena, no mmap a tensor, no trimming. A fresh page of memory costs more than the arithmetic on it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # elsewhere than on Linux
+        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
 # Corpora
 
@@ -100,7 +120,7 @@ class Corpus:
     eot: int  # id of <|endoftext|>
     mask: int  # id of <|mask|>, which never occurs in the text
     vocab_size: int  # ids the model reserves, padded to a multiple of 64
-    token_bytes: list  # id -> the bytes it stands for, for all ordinary ids
+    token_bytes: list  # id -> the bytes it stands for, none for special tokens
     meta: dict  # meta.json
 
     @property
@@ -109,25 +129,31 @@ class Corpus:
         return self.meta["splits"]["val"]["tokens"] / self.meta["splits"]["val"]["bytes"]
 
 
-def read_json(path):
+def read_json(path, repair="make it or copy it again"):
     """The object in a JSON file; a damaged file ends the program."""
     try:
         with open_file(path) as file:
             found = json.loads(file.read().decode())
         if not isinstance(found, dict):
-            raise ValueError(f"{type(found).__name__} instead of an object")
+            raise ValueError("an object is expected")
         return found
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        fail(f"{path} is not valid JSON ({error}): it is damaged; make it or copy it again")
+        fail(f"{path} is not valid JSON ({error}): it is damaged; {repair}")
+
+
+UTF8 = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # the bytes that a text may have
 
 
 class Encoding(tiktoken.Encoding):
-    """tiktoken's, but it survives a million spaces: like data/prepare.py it cuts them in pieces, or the regex engine's stack would overflow."""
+    """tiktoken's, with two differences in what is encoded. A million spaces, on which the regex engine's stack would overflow, go in pieces, as in
+    data/prepare.py. And some tokenizers that export_hf.py brought compose characters, e and an accent into é, before they read a text."""
+
+    normalizer = None  # or NFC
 
     def encode_ordinary(self, text):
-        encode = super().encode_ordinary
+        text, encode = unicodedata.normalize(self.normalizer, text) if self.normalizer else text, super().encode_ordinary
         return [token for piece in re.split(r"(\s{10000})", text) for token in encode(piece)]
 
 
@@ -142,11 +168,13 @@ def load_tokenizer(folder):
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
         special = meta["special_tokens"]
         # What tiktoken takes on trust, and dies of.
-        if sorted(ranks.values()) + sorted(special.values()) != list(range(len(ranks) + len(special))):
+        if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))):
             raise ValueError("its ids and those of the special tokens are not 0, 1, 2, ...")
-        if not {"<|endoftext|>", "<|mask|>"} <= set(special) or not {bytes([byte]) for byte in range(256)} <= set(ranks) or not meta["pattern"]:
+        if not {"<|endoftext|>", "<|mask|>"} <= set(special) or not {bytes([byte]) for byte in UTF8} <= set(ranks) or not meta["pattern"]:
             raise ValueError("it lacks a byte, <|endoftext|>, <|mask|> or the pattern")
-        return Encoding(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
+        encoding = Encoding(meta["name"], pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
+        encoding.normalizer = "NFC" if meta.get("normalizer") == "NFC" else None
+        return encoding
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"cannot read the tokenizer {path} ({error!r}); prepare the corpus again with data/prepare.py, or copy the run again")
 
@@ -170,7 +198,8 @@ def load_corpus(folder):
         encoding = load_tokenizer(folder)
         train, val = (np.memmap(os.path.join(folder, f"{split}.bin"), dtype="<u2", mode="r") for split in ("train", "val"))
         eot, mask = (meta["special_tokens"][name] for name in ("<|endoftext|>", "<|mask|>"))
-        token_bytes = [encoding.decode_single_token_bytes(i) for i in range(min(eot, mask))]
+        special = set(meta["special_tokens"].values())
+        token_bytes = [b"" if i in special else encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
         ranges = [source["val_range"] for source in meta["sources"] if source["name"]]
         fit = encoding.n_vocab <= meta["vocab_size"] <= 65_536 and meta["splits"]["val"]["bytes"] > 0 and type(meta["corpus_hash"]) is str
         if not fit or type(meta["vocab_size"]) is not int or not all(0 <= first <= last <= len(val) for first, last in ranges):
@@ -271,6 +300,23 @@ def read_log(out_dir, up_to=math.inf):
                     if text.endswith("\n"):
                         fail(f"{path}, line {number} is damaged: {text[:40]!r}; copy the log again, or delete the line")
     return [line for line in lines if line["step"] <= up_to]
+
+
+def other_corpus(folder, path):
+    """Why the corpus in the folder `path` is not that of a run; "" if it is. For a run that export_hf.py made, any corpus of its tokens will do."""
+    run = read_json(os.path.join(folder, "meta.json"))
+    parent, name = os.path.split(path)
+    remedy = "name the parent of its corpus with --data_dir=" if run.get("corpus_hash") else \
+             f"python data/prepare.py {name} --source=... --tokenizer={folder} --data_dir={parent} makes one"  # fmt: skip
+    if not os.path.exists(os.path.join(path, "meta.json")):
+        return f"there is no corpus {path}: {remedy}"
+    corpus = read_json(os.path.join(path, "meta.json"))
+    if run.get("corpus_hash"):
+        one, other = run["corpus_hash"], corpus.get("corpus_hash")
+        return "" if one == other else f"{folder} was trained on corpus {one}, but {path} is {other}: {remedy}"
+    keys = ("pattern", "special_tokens", "normalizer")
+    run, corpus = ([meta.get("sha256", {}).get("tokenizer.tiktoken"), *map(meta.get, keys)] for meta in (run, corpus))
+    return "" if run == corpus else f"{path} has other tokens than {folder}: {remedy}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------

@@ -33,12 +33,14 @@ def singular_values(matrix, name="the matrix"):
     if not matrix.isfinite().all():
         raise ValueError(f"{name} is not finite: {int((~matrix.isfinite()).sum()):,} of its {matrix.numel():,} numbers")
     matrix = matrix if matrix.size(0) <= matrix.size(1) else matrix.mT  # (n, long side)
+    largest = matrix.abs().max().item() or 1.0  # as the unit, so that no square overflows or vanishes
+    matrix = matrix / largest
     squares = torch.linalg.eigvalsh(matrix @ matrix.mT).clamp(min=0)  # (n,), ascending
     values = squares.sqrt().flip(0)
     blur = len(squares) * torch.finfo(torch.float64).eps * squares[-1]
     if ((squares + blur).sqrt().sum() - values.sum()) > 1e-7 * values.sum():
         values = torch.linalg.svdvals(matrix)
-    return values.cpu().numpy()
+    return values.cpu().numpy() * largest
 
 
 def rank_of(values):
@@ -90,7 +92,7 @@ def head_entropy(q, k):
         log_p = score.masked_fill_(later, -1e30).log_softmax(-1)  # finite, so that 0 times it is 0; half the time of special.entr
         entropy = -(log_p.exp() * log_p).sum(-1)  # (B, H, chunk) nats
         total += (entropy / length.log()).sum((0, 2))
-    return total / (B * (T - 1))
+    return total / (B * max(1, T - 1))
 
 
 class Attentions(TorchFunctionMode):
@@ -370,9 +372,10 @@ def heat_maps(arms, x="step"):
         maps = []  # for each arm: where (n,), values (L, n)
         for arm in arms:
             keys = [f"{prefix}/{layer}" for layer in range(arm.config["n_layers"])]
-            lines = [line for line in arm.runs[0] if line["kind"] == "eval" and any(key in line for key in keys)]
+            evals = [line for line in arm.runs[0] if line["kind"] == "eval"]
+            lines = [line for line in evals if any(key in line for key in keys)] or evals  # without any, a blank map
             maps.append(([line[x] for line in lines], np.array([[line.get(key, np.nan) for line in lines] for key in keys])))
-        low, high = (f([f(values) for _, values in maps]) for f in (np.nanmin, np.nanmax))
+        low, high = (f.reduce([f.reduce(values, axis=None) for _, values in maps]) for f in (np.fmin, np.fmax))  # NaN if all are
         for ax, (at, values), arm in zip(line_of_axes, maps, arms, strict=True):
             mesh = ax.pcolormesh(at, range(len(values)), values, vmin=low, vmax=high, cmap="cividis", shading="nearest")
             ax.axvline(place(arm.runs[0], arm.config["warmup_steps"], x), color="white", linewidth=1, linestyle=":")
@@ -392,6 +395,7 @@ def _pyplot():
     import matplotlib.pyplot as plt
 
     plt.close("all")
+    plt.rcParams["axes.formatter.useoffset"] = False  # 0.9999, not 0.1 of 1e-3 above 0.999
     return plt
 
 
@@ -409,6 +413,8 @@ def reached(lines, loss):
 def sooner(names, runs):
     """In words: when the first of two runs' logs reached the final validation loss of the second, and how many times sooner than that one."""
     final, end = curve(runs[1], "val_loss")[1][-1], {x: curve(runs[1], "val_loss", x)[0][-1] for x in AXES}
+    if not math.isfinite(final):
+        return f"{names[1]} ended without a finite validation loss: nothing to compare"
     text = f"{names[1]} ended with validation loss {final:.4f}: {_budget(end)}\n"
     start = reached(runs[0], final)
     if start is None:
@@ -443,7 +449,7 @@ def main():
     from tqdm import tqdm
 
     import configurator
-    from runs import checkpoints, fail, load_checkpoint, load_corpus, load_model, read_json, read_log, write_atomic
+    from runs import checkpoints, fail, load_checkpoint, load_corpus, load_model, other_corpus, read_json, read_log, write_atomic
 
     config, folders = configurator.load(Config, sys.argv[1:], __doc__)
     if config.x not in AXES:
@@ -451,14 +457,14 @@ def main():
     for folder in folders or [""]:
         if not os.path.isdir(folder):
             fail(f"{folder or 'nothing'} is not a run folder: python spectra.py out/<run> ...")
-    folders = [os.path.normpath(folder) for folder in folders]
+    folders = list(dict.fromkeys(map(os.path.normpath, folders)))  # a run given twice is one seed
     corpora = {}
 
     def settings_of(folder):
         path, found = os.path.join(folder, "config.json"), checkpoints(folder)
         if not (found or any(line["kind"] == "eval" for line in read_log(folder))):
             fail(f"{folder} holds neither checkpoints nor a log with evaluations; train one with train.py --out_dir={folder}")
-        settings = read_json(path) if os.path.exists(path) else load_checkpoint(found[max(found)])["config"]
+        settings = load_checkpoint(found[max(found)])["config"] if found and not os.path.exists(path) else read_json(path)
         for key in ("d_model", "n_layers", "block_size", "n_way", "k_shot", "warmup_steps"):
             if type(settings.get(key)) is not int:
                 fail(f"{path} has {key} = {settings.get(key)}, not a whole number: it is not what train.py writes; copy the run again")
@@ -469,17 +475,16 @@ def main():
         found, corpus_dir = checkpoints(folder), os.path.join(config.data_dir or settings["data_dir"], settings["dataset"])
         if not found:
             fail(f"{folder} holds no checkpoint (ckpt_*.pt), and its log no spectra: there is nothing to measure")
+        if why := other_corpus(folder, corpus_dir):
+            fail(why)
         if corpus_dir not in corpora:
             corpora[corpus_dir] = load_corpus(corpus_dir)
         corpus, evals = corpora[corpus_dir], {}
-        trained_on = read_json(os.path.join(folder, "meta.json"))["corpus_hash"]
-        if trained_on != corpus.meta["corpus_hash"]:
-            fail(f"{folder} was trained on corpus {trained_on}, but {corpus_dir} is {corpus.meta['corpus_hash']}: give its home with --data_dir")
         for line in lines:
             if line["kind"] == "eval":
                 evals[line["step"]] = {key: value for key, value in line.items() if not key.startswith(("per/", "entropy/"))}
         with_loss = any("val_loss" in line for line in evals.values())
-        for step in tqdm(found, desc=folder, unit="checkpoint"):
+        for step in tqdm(found, desc=folder, unit=" checkpoints", disable=None):
             model, _, checkpoint = load_model(folder, step)
             measured = measure(model, *probe(corpus.val, settings["block_size"]),
                                complain=lambda text, step=step: tqdm.write(f"{folder}, step {step}: {text}; left out", file=sys.stderr))  # fmt: skip

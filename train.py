@@ -12,7 +12,6 @@ Everything drawn is a pure function of (seed, stream, step). Hence a resumed run
 more often changes nothing, a language-model step i sees the same text in every run of a seed, and how many processes share a step does not matter.
 """
 import contextlib
-import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -43,7 +42,7 @@ import maml
 import smlmt
 import spectra
 from model import Llama, ModelConfig
-from runs import cannot_write, checkpoints, decode, fail, load_checkpoint, load_corpus, lock, read_json, read_log, write_atomic
+from runs import cannot_write, checkpoints, decode, fail, keep_freed_memory, load_checkpoint, load_corpus, lock, read_json, read_log, write_atomic
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 started = time.perf_counter()
@@ -186,6 +185,7 @@ with contextlib.redirect_stderr(open(os.devnull, "w") if rank else sys.stderr): 
 
 stopped_by = None  # the signal that asks the loop to end
 builder = None  # the process that prepares the default corpus
+tracker = None  # the run on Weights & Biases
 
 
 def say(text):
@@ -248,11 +248,8 @@ else:  # bfloat16 products are a gain only where the processor has instructions 
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients below 6e-8 are zero: multiply the loss, divide later
 
-if device.type == "cpu" and sys.platform == "linux":
-    # A fresh page of memory costs more than the arithmetic on it. Have glibc keep what is freed: one arena, no mmap per tensor, no trimming.
-    with contextlib.suppress(OSError, AttributeError):
-        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+if device.type == "cpu":
+    keep_freed_memory()
 torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
 cxx = shlex.split(os.environ.get("CXX", "g++"))[0]  # with Python's headers, what torch.compile needs on a CPU
@@ -263,29 +260,42 @@ say(f"system  {world} x {where}, {str(dtype).removeprefix('torch.')} products{no
     f"system  {where}, {str(dtype).removeprefix('torch.')} products{note}")
 
 if world > 1:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    store = next(dist.rendezvous("env://"))[0]  # torchrun's: it outlives each of us
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                            device_id=device if device.type == "cuda" else None)  # fmt: skip
 
 
-def over_all(tensor):
-    """The sum of a tensor over all processes, in place; their one way to speak with each other, and to wait for each other."""
-    if world > 1:
-        try:
-            dist.all_reduce(tensor)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0].split(". ")[0]
-            print(f"error: another process of this run is gone ({reason}); the last checkpoint stands, go on with --resume=True", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)  # not sys.exit, which would wait for the lost one
-    return tensor
-
-
-def end(code):
-    """End this process. One of several does not wait for its threads: torch aborted one end in four with "terminate called" when it did."""
+def end(code, mistake=""):
+    """End this process, with a line about a mistake unless another process, which finds the same, was first to tell. One of several does not
+    wait for its threads, nor for one that is lost: torch aborted one end in four with "terminate called" when it did."""
+    told = 0
+    with contextlib.suppress(RuntimeError):  # the store is lost too
+        told = store.add("told", 1) - 1 if mistake and world > 1 else 0
+    if mistake and not told:
+        print(f"error: {mistake}", file=sys.stderr)
+    if tracker:
+        tracker.finish(code)
     if world == 1:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def over_all(tensor):
+    """The sum of a tensor over all processes, in place; their one way to speak with each other."""
+    if world > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].split(". ")[0]
+            end(1, f"another process of this run is gone ({reason}); the last checkpoint stands, go on with --resume=True")
+    return tensor
+
+
+def wait():
+    """Return when all processes have come here. Reading the sum is what waits: on a GPU all_reduce returns before it is there."""
+    over_all(torch.zeros(1, device=device)).item()
 
 
 def chunks(n, size):
@@ -298,8 +308,9 @@ def chunks(n, size):
 # Data
 
 config_path, log_path = (os.path.join(config.out_dir, name) for name in ("config.json", "log.jsonl"))
-if rank:
-    over_all(torch.zeros(1, device=device))  # the first process goes ahead: it may find a mistake, or have a corpus to build
+if rank:  # the first process goes ahead up to the loop: it may have a corpus to build, or find a mistake, of which it tells
+    with contextlib.redirect_stderr(open(os.devnull, "w")):
+        wait()
 if config.resume and not os.path.exists(config_path):
     fail(f"resume = True, but {config.out_dir} holds no run; check --out_dir, or leave --resume out to start one")
 try:
@@ -328,8 +339,6 @@ for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
         fail(f"block_size = {config.block_size} is longer than the {split} split of {corpus_dir} ({len(tokens)} tokens): lower it, or take more text")
 say(f"data    {config.dataset} {corpus.meta['corpus_hash']}: {len(corpus.train):,} training tokens, {len(corpus.val):,} for validation, "
       f"vocabulary {corpus.vocab_size:,}")
-if not rank:
-    over_all(torch.zeros(1, device=device))
 
 LM_ROWS, COIN, EPISODES, POOL, SHUFFLE = range(5)  # streams of randomness: drawing from one never moves another
 
@@ -370,7 +379,7 @@ def training_episode(step, e):
             text = smlmt.pool(corpus.train, config.pool_tokens, (config.seed, POOL), number, eot=corpus.eot)
             sampler, sampler_number = sampler_of(text, (config.seed, EPISODES)), number
         except ValueError as error:
-            fail(f"no episodes from {corpus_dir} at step {step}: {error}", code=2 if step == 1 else 1)
+            end(2 if step == 1 else 1, f"no episodes from {corpus_dir} at step {step}: {error}")
     episode = sampler.episode((step, e))
     if config.shuffle_labels:
         episode = dataclasses.replace(episode, support_labels=draw(SHUFFLE, step, e).permutation(episode.support_labels))
@@ -394,9 +403,7 @@ torch.manual_seed(config.seed)
 shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig) if hasattr(config, field.name)}
 model = Llama(ModelConfig(**shape, vocab_size=corpus.vocab_size)).to(device)
 if config.compile and compiler:
-    torch._dynamo.config.recompile_limit = 32  # one for each shape and mode
-    for block in model.blocks:  # the block, not the model: one compilation serves all layers, and training starts sooner
-        block.compile(dynamic=False)  # a kernel for each shape, whichever comes first: a resumed run meets them in another order
+    model.compile_parts()
 # The multi-task control cannot tell permuted labels apart without adapting: its head has an output for each id of the vocabulary.
 multi_task = config.inner_steps == 0
 n_out = corpus.vocab_size if multi_task else config.n_way
@@ -590,7 +597,7 @@ def evaluate(n_episodes):
 def save(step):
     """Write the checkpoint of a step whole or not at all, then take the optimizer out of the third newest: two are enough to go on from."""
     if not all(p.isfinite().all() for p in parameters):
-        fail(f"step {step}: weights are not finite; nothing of this step was saved. Try a lower lr or weight_decay", code=1)
+        end(1, f"step {step}: weights are not finite; nothing of this step was saved. Try a lower lr or weight_decay")
     if rank:
         return
     os.fsync(log_file.fileno())  # a checkpoint never knows of steps that the log has lost
@@ -680,8 +687,9 @@ if config.resume:
     logged = [line["step"] for line in kept if line["kind"] in ("lm", "meta")]
     if logged and logged != [*range(logged[0], step + 1)]:
         fail(f"{log_path} does not have each step up to {step}, the newest checkpoint's, once: copy it again, or delete it to do without its lines")
-    over_all(torch.zeros(1, device=device))  # all have read it
     say(f"resume  {config.out_dir} after step {step}")
+if not rank:
+    wait()  # until here: the others find no mistake any more
 
 evals = [line for line in kept if line["kind"] == "eval"]  # what on_collapse is decided from: logged values and nothing else
 collapsed = next((line for line in kept if line["kind"] == "collapse"), None)
@@ -691,12 +699,12 @@ made = {
     "system": {"processes": world, "device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(), "platform": platform.platform()},
     "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")},
 }  # fmt: skip
-log_file = tracker = None
+log_file = None
 if not rank:
     if config.wandb:
         tracker = start_wandb()  # before anything is written: without a login there is no run yet
     for name in os.listdir(config.out_dir):
-        if re.fullmatch(r"(ckpt|spectra)_\d+\.\w+\.tmp", name):
+        if re.fullmatch(r"(ckpt_\d+\.pt|spectra_\d+\.npz|log\.jsonl|config\.json|meta\.json|tokenizer\.tiktoken|curves\.png)\.\d+\.tmp", name):
             os.unlink(os.path.join(config.out_dir, name))  # of a process that was killed while saving
     for name in ("tokenizer.tiktoken", "meta.json"):
         with open(os.path.join(corpus_dir, name), "rb") as file:
@@ -727,7 +735,7 @@ def look():
     global collapsed
     numbers = evaluate(n_episodes=64 if step == config.max_steps else 8)
     if not math.isfinite(numbers["val_loss"]):
-        fail(f"step {step}: validation loss {numbers['val_loss']}; nothing of this step was saved. Try a lower lr or a longer warm-up", code=1)
+        end(1, f"step {step}: validation loss {numbers['val_loss']}; nothing of this step was saved. Try a lower lr or a longer warm-up")
     inside = {} if rank else spectra.summary(spectra.measure(model, to_device(spectra.probe(corpus.val, config.block_size)[0]), complain=say))
     level = over_all(torch.tensor(inside.get(spectra.SIGNAL, 0.0), dtype=torch.float64, device=device)).item()  # the first process's, for all
     tick()
@@ -756,11 +764,39 @@ def tick():
     return seconds
 
 
+def read(step, kind, lr, names, values):
+    """Wait for the numbers of a step, then check, count, log and print them."""
+    global skipped, stopping, steady
+    *values, stopping, norm, size = values.tolist()
+    seconds, line, cost = tick(), dict(zip(names, values, strict=True)), cost_of(kind)
+    loss = line["lm_loss"] if kind == "lm" else line["meta_loss"]
+    finite = math.isfinite(loss + norm + size)
+    skipped = 0 if finite else skipped + 1
+    if skipped == (20 if scaler.is_enabled() else 1) or not math.isfinite(size):
+        last = max(checkpoints(config.out_dir), default=None)
+        so_far = ", the 20th in a row" if skipped > 1 else ""
+        end(1, f"step {step}: loss {loss}, gradient norm {norm}, norm of weights {size}{so_far}. Nothing of it was saved; the last checkpoint is "
+               f"{'none' if last is None else f'of step {last}'}. Try a lower {'lr' if kind == 'lm' else 'lr, inner_lr'} or a longer warm-up")
+    for key, value in cost.items():
+        progress[key] += value
+    speed = (cost.get("lm_tokens", 0) + cost.get("episode_tokens", 0)) / seconds
+    line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, "skipped": skipped, "loss_scale": scaler.get_scale()}
+    log({"step": step, "kind": kind, **line, **progress, "tokens_per_second": speed})
+    steady = steady or time.perf_counter()
+    left = round((time.perf_counter() - steady) / max(1, step - first_step - 1) * (config.max_steps - step))
+    if step % config.log_interval == 0 or step == config.max_steps or not finite:
+        shown = f"lm_loss {loss:.4f}" if kind == "lm" else f"meta_loss {loss:.4f}  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
+        shown += f"  lr {lr:.2e}  norm {norm:.2f}" if finite else f"  skipped: float16 overflow, loss scale now {scaler.get_scale():g}"
+        eta = f"left {left // 60}m{left % 60:02d}s" if step > first_step + 1 else ""
+        say(f"step {step:6d}/{config.max_steps}  {shown}  {speed / 1e3:.1f}k tok/s  {eta}")
+
+
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, stop)
 clock = time.perf_counter()
 first_step, steady = step, None  # the first step compiles and says nothing about how long the others take
 skipped, stopping = 0, False  # steps in a row that overflowed float16; whether any process was asked to stop
+late, unread = int(device.type == "cuda" and not scaler.is_enabled()), []  # a GPU works on a step while the numbers of the one before are read
 numbers = next((line for line in kept if line["kind"] == "eval" and line["step"] == step), None)  # a run that was over already was looked at then
 if numbers is None and (step % config.eval_interval == 0 or step == config.max_steps):  # or its line was torn
     numbers = look()
@@ -776,42 +812,23 @@ while not over() and not stopping:
         if p.grad is not None:
             over_all(p.grad)
     scaler.unscale_(optimizer)
-    norm, size = torch.stack((torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip), torch.nn.utils.get_total_norm(parameters))).tolist()
-    *values, stopping = over_all(torch.stack([*shares.values(), torch.tensor(float(bool(stopped_by)), device=device)])).tolist()
-    line = dict(zip(shares, values, strict=True))
-    loss = line["lm_loss"] if kind == "lm" else line["meta_loss"]
-    finite = math.isfinite(loss + norm + size)
-    skipped = 0 if finite else skipped + 1
-    if skipped == (20 if scaler.is_enabled() else 1) or not math.isfinite(size):
-        last = max(checkpoints(config.out_dir), default=None)
-        so_far = ", the 20th in a row" if skipped > 1 else ""
-        fail(f"step {step}: loss {loss}, gradient norm {norm}, norm of weights {size}{so_far}. Nothing of it was saved; the last checkpoint is "
-             f"{'none' if last is None else f'of step {last}'}. Try a lower {'lr' if kind == 'lm' else 'lr, inner_lr'} or a longer warm-up", code=1)
+    norm, size = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip), torch.nn.utils.get_total_norm(parameters)
+    sums = over_all(torch.stack([*shares.values(), torch.full((), float(bool(stopped_by)), device=device)]))
+    unread.append((step, kind, lr, list(shares), torch.cat((sums, torch.stack((norm, size))))))
     scaler.step(optimizer)  # leaves the weights alone if a scaled gradient overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    seconds = tick()
     # ------------------------------------------------------------------------------------------------------------------------------------------------
-    cost = cost_of(kind)
-    for key, value in cost.items():
-        progress[key] += value
-    speed = (cost.get("lm_tokens", 0) + cost.get("episode_tokens", 0)) / seconds
-    line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, "skipped": skipped, "loss_scale": scaler.get_scale()}
-    log({"step": step, "kind": kind, **line, **progress, "tokens_per_second": speed})
-    steady = steady or time.perf_counter()
-    left = round((time.perf_counter() - steady) / max(1, step - first_step - 1) * (config.max_steps - step))
-    if step % config.log_interval == 0 or step == config.max_steps or not finite:
-        shown = f"lm_loss {loss:.4f}" if kind == "lm" else f"meta_loss {loss:.4f}  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
-        shown += f"  lr {lr:.2e}  norm {norm:.2f}" if finite else f"  skipped: float16 overflow, loss scale now {scaler.get_scale():g}"
-        eta = f"left {left // 60}m{left % 60:02d}s" if step > first_step + 1 else ""
-        say(f"step {step:6d}/{config.max_steps}  {shown}  {speed / 1e3:.1f}k tok/s  {eta}")
-    if step % config.eval_interval == 0 or step == config.max_steps:
+    looks = step % config.eval_interval == 0 or step == config.max_steps
+    while len(unread) > late or (unread and (looks or stopping or over() or step % config.ckpt_interval == 0)):
+        read(*unread.pop(0))
+    if looks:
         numbers = look()
     if step % config.ckpt_interval == 0 or over() or stopping:
         save(step)
 
 if world > 1:
-    over_all(torch.zeros(1, device=device))  # none leaves while another still speaks
+    wait()  # none leaves while another still speaks
     dist.destroy_process_group()
 if stopping and not over():
     words = [*sys.argv[1:]] + ([] if config.resume else ["--resume=True"])
@@ -845,5 +862,4 @@ if tracker:
     import wandb
 
     tracker.log({"curves": wandb.Image(curves)}, step=step)
-    tracker.finish()
 end(0)

@@ -37,6 +37,7 @@ import sys
 import sysconfig
 import threading
 import time
+import unicodedata
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -274,6 +275,11 @@ class Tokenizer(NamedTuple):
     ranks: dict             # bytes of a token -> its id
     pattern: str            # regular expression that cuts text into pieces, in tiktoken's dialect
     special_tokens: dict    # name -> id; the same characters in a document are ordinary text
+    normalizer: str | None = None    # NFC: characters are composed first, as some tokenizers that export_hf.py brought do
+
+    def described(self):
+        """What JSON files say of it, beside the ranks."""
+        return {"pattern": self.pattern, "special_tokens": self.special_tokens, "normalizer": self.normalizer}
 
 
 def train_tokenizer(sources, vocab_size, val_fraction):
@@ -330,7 +336,7 @@ def load_tokenizer(folder, described_in="meta.json"):
     if hashlib.sha256(lines).hexdigest() != meta["sha256"]["tokenizer.tiktoken"]:
         fail(f"{folder / 'tokenizer.tiktoken'} is not the file that its meta.json describes: prepare that corpus again")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines.splitlines())}
-    return Tokenizer(ranks, meta["pattern"], meta["special_tokens"])
+    return Tokenizer(ranks, meta["pattern"], meta["special_tokens"], meta.get("normalizer"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,7 +384,10 @@ def write_tokens(folder, sources, tokenizer, args, save):
     encoding = tiktoken.Encoding("corpus", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.ranks, special_tokens={})
     end = np.array([tokenizer.special_tokens["<|endoftext|>"]])
 
-    def encode(text):    # encode_to_numpy is much faster than the list of Python ints that encode_ordinary makes
+    def encode(text):
+        if tokenizer.normalizer:
+            text = unicodedata.normalize(tokenizer.normalizer, text)
+        # encode_to_numpy is much faster than the list of Python ints that encode_ordinary makes
         pieces = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in LONG_SPACE.split(text)]
         return np.concatenate([*pieces, end]).astype("<u2")
 
@@ -449,7 +458,7 @@ def write_meta(folder, sources, tokenizer, args, versions):
     corpus_hash = hashlib.sha256("".join(sha256.values()).encode()).hexdigest()[:12]
     ids = len(tokenizer.ranks) + len(tokenizer.special_tokens)
     meta = {"format": 1, "name": args.name, "vocab_size": -(-ids // 64) * 64,    # rounded up: matrix products like multiples of 64
-            "pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens, "splits": splits, "sources": described,
+            **tokenizer.described(), "splits": splits, "sources": described,
             "val_fraction": args.val_fraction, "val_tokens": args.val_tokens, "max_tokens": args.max_tokens,
             "versions": versions, "sha256": sha256, "corpus_hash": corpus_hash}
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
@@ -619,8 +628,8 @@ def prepare(args, folder, partial, sources, packages, tokenizer, versions, comma
         (partial / "tokenizer.tiktoken").write_bytes(ranks_file(tokenizer))
     if len(tokenizer.ranks) + len(tokenizer.special_tokens) > 65_536:
         fail(f"--tokenizer={args.tokenizer} has more than the 65536 ids that uint16 holds")
-    state = {"command": command, "done": [source.done for source in sources], "pattern": tokenizer.pattern,
-             "special_tokens": tokenizer.special_tokens, "sha256": {"tokenizer.tiktoken": hashlib.sha256(ranks_file(tokenizer)).hexdigest()}}
+    state = {"command": command, "done": [source.done for source in sources], **tokenizer.described(),
+             "sha256": {"tokenizer.tiktoken": hashlib.sha256(ranks_file(tokenizer)).hexdigest()}}
 
     def save():
         (partial / "state.tmp").write_text(json.dumps(state))

@@ -77,8 +77,10 @@ def data(here):
     train, test = TASKS["two"]
     for split, rows in (("train", train), ("validation", test)):
         write("hub", split, [(text, int(label == "random")) for text, label in rows], ("sentence", "kind"))
-    (here / "hub" / "README.md").write_text("---\nconfigs:\n- config_name: c\n  data_files:\n  - split: train\n    path: train.jsonl\n"
-                                            "  - split: validation\n    path: validation.jsonl\n---\n")  # fmt: skip
+    write("hub", "test", [(text, -1) for text, _ in test], ("sentence", "kind"))  # as where the answers are kept secret
+    (here / "hub" / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {part}\n  data_files:\n" + "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits)
+        for part, splits in (("c", ["train", "validation"]), ("secret", ["train", "validation", "test"]))) + "---\n")  # fmt: skip
     for folder, rows in {"other labels": [*test, ("a", "smptlib")], "one class": [("a", "random")], "no label": [("a", None)], "few": test}.items():
         write(folder, "two_test", rows)
         write(folder, "two_train", train if folder == "other labels" else rows)
@@ -98,6 +100,8 @@ CASES = {  # the words of the good ones; each runs in copies of its folders, whe
     "sentences": ["maml", "deep head", "--step=10", "--n_episodes=8", "--seed=3", "--shots=1,4", "--data={here}/data"],
     "mask": ["mask", "--n_episodes=8", "--seed=3", "--shots=2", "--data={here}/data", "--data_dir={here}/empty"],
     "hub": ["maml", "--n_episodes=2", "--shots=2", "--data=hf:{here}/hub,c", "--text_column=sentence", "--label_column=kind", "--data_dir=none"],
+    "split": ["maml", "--n_episodes=2", "--shots=2", "--data=hf:{here}/hub,secret", "--split=validation", "--text_column=sentence",
+              "--label_column=kind", "--data_dir=none"],
     "many shots": ["maml", "--n_episodes=2", "--shots=1,60"],
 }
 MISTAKES = {  # the words, and what the one line says; {here} is the folder of the runs
@@ -111,11 +115,15 @@ MISTAKES = {  # the words, and what the one line says; {here} is the folder of t
     "no such setting": (["{here}/maml", "--episodes=7"], ["'episodes'", "'n_episodes'"]),
     "shots": (["{here}/maml", "--shots=1,0"], ["shots = 1,0"]),
     "shots by word": (["{here}/maml", "--shots=few"], ["shots = few"]),
-    "no corpus": (["{here}/maml", "--data_dir={here}/empty"], ["meta.json"]),
+    "no corpus": (["{here}/maml", "--data_dir={here}/empty"], ["there is no corpus", "empty/docstrings", "--data_dir="]),
     "few words": (["{here}/few words"], ["no episodes", "n_way=1000"]),
     "another corpus": (["{here}/maml", "{here}/another corpus"], ["another corpus was trained on corpus 0123456789ab", "one corpus"]),
     "no data": (["{here}/maml", "--data={here}/mamba"], ["mamba: no such folder", "hf:NAME"]),
-    "other labels": (["{here}/maml", "--data={here}/other labels"], ["two: training and test data have different labels", "in test smptlib"]),
+    "other labels": (["{here}/maml", "--data={here}/other labels"], ["two: training and test data have different labels", "in test 'smptlib'"]),
+    "wrong column": (["{here}/maml", "--data={here}/data", "--label_column=text"], ["different labels", "', ...; only in test '", "--label_column"]),
+    "secret labels": (["{here}/maml", "--data=hf:{here}/hub,secret", "--text_column=sentence", "--label_column=kind"],
+                      ["only in training '0', '1'; only in test '-1'; see", "--split"]),
+    "no split": (["{here}/maml", "--data=hf:{here}/hub,c", "--split=test"], ["splits train, validation: it takes train, and test;", "--split"]),
     "few examples": (["{here}/maml", "--data={here}/few"], ["training examples of class", "--shots up to"]),
     "one class": (["{here}/maml", "--data={here}/one class"], ["two: only one class, random"]),
     "no label": (["{here}/maml", "--data={here}/no label"], ["two: the training data has rows without text or label", "--label_column"]),
@@ -182,7 +190,7 @@ def test_which_tasks(here, results):
     assert tasks["other seed"] == {"held-out words": ["1", "3"], "seen words": ["1", "3"]}
     assert tasks["sentences"] == dict.fromkeys(("held-out words", "seen words", "three", "two"), ["1", "4"])
     assert tasks["mask"] == {"three": ["2"], "two": ["2"]} and f"left out: there is no corpus {here}/empty/docstrings" in results[0]["mask"].stdout
-    assert tasks["hub"] == {f"{here}/hub": ["2"]}
+    assert tasks["hub"] == tasks["split"] == {f"{here}/hub": ["2"]}
     assert tasks["many shots"] == {"held-out words": ["1"], "seen words": ["1"]}
     assert "left out: no episodes of seen words with K = 60" in results[0]["many shots"].stdout
 
@@ -384,6 +392,7 @@ def test_dataset_of_the_hub(here, results):
     count = Counter(label for _, label in TASKS["two"][0])
     commonest = np.mean([label == max(count, key=count.get) for _, label in TASKS["two"][1]])
     assert results[1]["hub"]["tasks"][f"{here}/hub"]["shots"]["2"]["majority class"]["mean"] == pytest.approx(commonest)
+    assert results[1]["split"]["tasks"] == json.loads(json.dumps(results[1]["hub"]["tasks"]).replace("copies/hub/", "copies/split/"))
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -44,6 +44,8 @@ def here(quick_start, tmp_path_factory):
     cut = [" ".join(words[:7]), *(" " + " ".join(words[i : i + 9]) for i in range(7, len(words), 9)), " "]
     write_jsonl(here / "chunks" / "text.jsonl", [*cut, LONG, ""])
     write_jsonl(here / "many" / "text.jsonl", [LONG[i : i + 9 + 5 * (i % 7)] for i in range(40)])
+    for name in ("all", "few"):
+        write_jsonl(here / "named all" / f"{name}.jsonl", ["a"])
     write_jsonl(here / "empty" / "text.jsonl", ["", None])
     write_jsonl(here / "numbers" / "text.jsonl", [1, 2])
     write_jsonl(here / "columns" / "text.jsonl", ["b"], column="body")
@@ -103,6 +105,7 @@ MISTAKES = {
     "no checkpoint": (["{here}/none", "--data={here}/data"], ["none holds no checkpoint"]),
     "stride": (command("run", stride=13), ["stride = 13 is longer than context = 12"]),
     "context": (command("run", context=-1), ["context = -1"]),
+    "named all": (command("run", data="named all"), ["a domain of", "is named all"]),
     "no text": (command("run", data="empty"), ["the domain text", "holds no text"]),
     "no files": (command("run", data="none"), ["no text in", ".jsonl"]),
     "numbers": (command("run", data="numbers"), ["'text' of text holds something else than text"]),

@@ -132,6 +132,22 @@ def test_p_value_is_that_of_a_normal_test(z):
     assert p == pytest.approx(2 * (1 - torch.distributions.Normal(0, 1).cdf(torch.tensor(z)).item()), rel=0.05) == eval_ner.p_value(-difference)
 
 
+def test_table_has_the_first_run_less_the_second_and_both_schemes():
+    """By hand: a finds all, b only entities that do not begin, which conlleval alone counts."""
+    gold = mini(40, 9)
+    tagged = {"random weights": [["O"] * len(s.words) for s in gold], "a": [s.tags for s in gold],
+              "b": [[tag.replace("B-", "I-") for tag in s.tags] for s in gold]}  # fmt: skip
+    systems = {name: {("head", 0): {"sets": {"da_ddt": eval_ner.score(gold, tags)}}} for name, tags in tagged.items()}
+    rows = eval_ner.table(systems, ["head"], 1, {"da_ddt": gold})
+    cells = [[cell.strip() for cell in line.split("|")[4:-1]] for line in eval_ner.markdown(rows).splitlines()[2:7]]
+    nothing = ["0.0", "0.0 to 0.0", "0.0", "0.0"]
+    assert cells == [
+        ["all O", *nothing, "0.0", "0.0", "0.0", "0.0"], ["random weights", *nothing, "0.0", "0.0", "0.0", "0.0"],
+        ["a", "100.0", "100.0 to 100.0", *["100.0"] * 6], ["b", *nothing, "100.0", "0.0", "0.0", "0.0"],
+        ["a - b", "100.0", "100.0 to 100.0", "p = 0.002", *[""] * 5],
+    ]  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
 # Words and subwords
 
@@ -211,6 +227,7 @@ BROKEN = {  # what is wrong -> content of a file, the line to be named, a part o
     "spaces for tabs": (b"# text = A\n1 A O - me\n", 2, "5 columns"),
     "no word": (b"1\tA\tO\t-\tme\n2\t\tO\t-\tme\n", 2, "5 columns"),
     "unknown tag": (b"1\tA\tO\t-\tme\n2\tB\tB-GPE\t-\tme\n", 2, "'B-GPE'"),
+    "only tabs": (b"1\tA\tO\t-\tme\n\t\t\t\t\n", 2, "5 columns"),
     "no blank line": (b"1\tA\tO\t-\tme\n1\tB\tO\t-\tme\n", 2, "the index 2"),
     "empty": (b"", 1, "no words"),
     "comments only": (b"# text = A\n\n", 1, "no words"),
@@ -388,6 +405,56 @@ def test_early_stopping_keeps_the_best(monkeypatch, patience):
     assert torch.equal(head.weight, seen[best - 1]) and not torch.equal(seen[0], seen[1])
 
 
+def test_tuning_is_the_loop_written_out():
+    """Every row once an epoch in another order; AdamW by hand, head and backbone each at its rate, falling to zero; gradients clipped together."""
+    config = Config(device="cpu", epochs=2, batch_size=8, lr=3e-3, head_lr=2e-2, patience=0)
+    model, plain, train, seen = tiny(), tiny(), mini(20, 0), []
+    rows = eval_ner.rows_of(BYTES, train, config)
+
+    def read(rows, which):
+        seen.extend([which] * torch.is_grad_enabled())  # not those for the tags of the dev set
+        return eval_ner.word_features(model, rows, which)
+
+    backbones = [[p for name, p in m.named_parameters() if name != "unembedding.weight"] for m in (model, plain)]
+    head = eval_ner.tune(config, read, backbones[0], 16, rows, rows, train, 0)[0]
+    assert [sorted(sum(seen[i : i + 3], [])) for i in (0, 3)] == 2 * [list(range(20))] and seen[:3] != seen[3:] and len(seen) == 6
+    weight = torch.tensor(np.random.default_rng(0).normal(0, 0.02, (len(TAGS), 16)), dtype=torch.float32, requires_grad=True)
+    params = [weight, torch.zeros(len(TAGS), requires_grad=True), *backbones[1]]
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))  # moments
+    for step, which in enumerate(seen):
+        x = torch.cat([plain.features(torch.tensor([rows.ids[i]]))[0, rows.at[i]] for i in which])
+        tags = torch.tensor([tag for i in which for tag in rows.tags[i]])
+        loss = -(x @ params[0].T + params[1]).log_softmax(-1)[range(len(tags)), tags].mean()
+        grads = torch.autograd.grad(loss, params)
+        clip = min(1, 1 / sum(g.square().sum() for g in grads).sqrt())
+        for k, (p, g) in enumerate(zip(params, grads, strict=True)):
+            lr = (config.head_lr if k < 2 else config.lr) * (1 - step / 6)
+            first[k], second[k] = 0.9 * first[k] + 0.1 * clip * g, 0.999 * second[k] + 0.001 * (clip * g) ** 2
+            with torch.no_grad():
+                p.mul_(1 - 0.01 * lr).sub_(lr * first[k] / (1 - 0.9 ** (step + 1)) / ((second[k] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
+    for p, by_hand in zip([*head.parameters(), *backbones[0]], params, strict=True):
+        assert torch.allclose(p, by_hand, atol=1e-4)
+
+
+def test_what_is_kept_belongs_to_its_settings_weights_and_sets(tmp_path, monkeypatch):
+    """The same again is read; other weights, settings, sentences to stop by or test sets are made anew; and each seed has its own draw of shots."""
+    given = []
+
+    def tune(config, read, backbone, d_model, train, *rest):
+        given.append(train.ids)
+        return torch.nn.Linear(d_model, len(TAGS)), 0.0, 1
+
+    monkeypatch.setattr(eval_ner, "tune", tune)
+    base, a, b, sets = Config(device="cpu", shots=2), tiny(0), tiny(1), {"da_ddt": mini(5, 2)}
+    for config, model, dev, tests in ((base, a, mini(5, 1), sets), (base, a, mini(5, 1), sets), (base, b, mini(5, 1), sets),
+                                      (Config(device="cpu", shots=2, head_lr=0.1), a, mini(5, 1), sets), (base, a, mini(6, 3), sets),
+                                      (base, a, mini(5, 1), sets | {"tl_trg": mini(5, 4)})):  # fmt: skip
+        found = eval_ner.evaluate(config, str(tmp_path), "x", model, BYTES, (mini(30, 0), dev, tests), ["head"], 2)
+        assert found["head", 1]["sets"].keys() == tests.keys()
+    draws = [eval_ner.rows_of(BYTES, eval_ner.few(mini(30, 0), 2, seed), base).ids for seed in range(2)]
+    assert given == 5 * draws and draws[0] != draws[1]
+
+
 def test_full_tuning_moves_the_copy_and_not_the_model(tmp_path, monkeypatch):
     model, tuned, tune = tiny(), [], eval_ner.tune
 
@@ -434,14 +501,16 @@ MISTAKES = {
     "learning rate": (["{here}/a", "--lr=3"], ["lr must lie between"]),
     "many shots": (["{here}/a", "--uner_dir={uner}", "--shots=99"], ["shots = 99"]),
     "no entities": (["{here}/a", "--uner_dir={bare}", "--test=da_ddt"], ["hold no entity"]),
+    "no place for results": (["{here}/full", "--uner_dir={uner}"], ["cannot read or write {here}/full/ner: File exists"]),
 }
 
 
 @pytest.fixture(scope="module")
 def here(quick_start, tmp_path_factory):
     here = tmp_path_factory.mktemp("ner")
-    for name in "abc":
+    for name in ("a", "b", "c", "full"):
         shutil.copytree(quick_start.folder, here / name)
+    (here / "full" / "ner").write_text("in the way")
     latest = max((here / "b").glob("ckpt_*.pt"))
     state = torch.load(latest, weights_only=True)  # b's weights are not a's
     state["model"] = {key: p + 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for key, p in state["model"].items()}
@@ -484,6 +553,7 @@ def test_two_runs(here, results):
         assert by[mode, "da_ddt", "all O"][4:] == ["0.0", "0.0 to 0.0"] + ["0.0"] * 6
         f1 = {system: float(by[mode, "da_ddt", system][4].split(" ± ")[0]) for system in systems}
         assert f1[systems[-1]] == pytest.approx(f1[a] - f1[b], abs=0.11) and re.fullmatch(r"p = [01]\.\d{3}", by[mode, "da_ddt", systems[-1]][6])
+        assert by[mode, "da_ddt", "random weights"][4:] != by[mode, "da_ddt", a][4:]
         assert f1[a] > 30 and "±" in by[mode, "da_ddt", a][4]
     written = json.loads((here / "a" / "ner_da_ddt.json").read_text())
     assert [f"{100 * row['f1']:.1f}" for row in written["table"]] == [row[4].split(" ± ")[0] for row in table]
@@ -498,10 +568,14 @@ def test_two_runs(here, results):
 
 
 def test_finished_cells_are_not_made_again(here, results, capsys):
-    """Of twelve one is deleted: only that is made again, and it is the same; so are table and files."""
+    """Of twelve one is damaged, which is told, and deleted: only that is made again, and it is the same; so are table and files."""
     assert results["two runs"].stderr.count("dev F1") == 12
     cell = next((here / "b" / "ner").glob("*full*seed1*.json"))
     before = json.loads(cell.read_text())
+    cell.write_text(cell.read_text()[:99])
+    with pytest.raises(SystemExit):
+        eval_ner.main(filled(CASES["two runs"], here))
+    assert f"{cell} is not valid JSON" in (error := capsys.readouterr().err) and "delete it and give the command again" in error
     cell.unlink()
     eval_ner.main(filled(CASES["two runs"], here))
     done = capsys.readouterr()

@@ -60,6 +60,7 @@ def test_output(results):
         assert f"step {step}" in done[name].stdout and str(here / folder) in done[name].stdout
         assert sorted(os.listdir(here / folder)) == ["README.md", "config.json", "generation_config.json", "head.safetensors", "model.safetensors",
                                                      "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+        assert len({path.stat().st_mode for path in (here / folder).iterdir()}) == 1  # who may read one file may read all
     assert os.listdir(here / "full") == ["letter.txt"] and sorted(os.listdir(here)) == ["full", "made", "newest"]
 
 

@@ -1,5 +1,6 @@
 """model.py against Hugging Face's Llama, complex numbers, float64 formulas, counted products and invariants."""
 import math
+import shutil
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import Attention, Llama, ModelConfig, RMSNorm, rotary_table, rotate
+from model import Attention, Llama, ModelConfig, RMSNorm, causal_attention, rotary_table, rotate
 
 SIZES = {  # name: (d_model, d_ff, parameters with 50,304 ids)
     "11m": (96, 384, 11_282_784),
@@ -68,6 +69,35 @@ def test_flops_are_those_that_are_counted(backward, unembedding):
     assert whole_square == B * T * T * config.n_layers * 4 * config.d_model * (3 if backward else 1)
     seen = sum(position + 1 for position in range(T))  # of the T * T, those that causality leaves
     assert B * T * model.flops_per_token(T, backward, unembedding) == pytest.approx(weights + whole_square * seen / T**2)
+
+
+@pytest.mark.parametrize("T", [1, 7, 64, 130, 530])
+def test_attention_for_the_compiler_is_attention(T):
+    """In one chunk, in several, and with a last one that is shorter; its gradients too."""
+    q, k, v = (torch.randn(2, heads, T, 6, requires_grad=True) for heads in (6, 2, 2))
+    weight = torch.randn(2, 6, T, 6)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    found = causal_attention(q, k, v)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_compiled_parts_are_the_model():
+    """Loss and gradients of the compiled block and loss, whose attention is another, against the plain ones."""
+    model = strong(block_size=70)
+    idx = ids(3, 71)
+    plain = model(idx[:, :-1], idx[:, 1:])
+    plain.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    model.compile_parts()
+    compiled = model(idx[:, :-1], idx[:, 1:])
+    compiled.backward()
+    assert compiled.item() == pytest.approx(plain.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------

@@ -89,26 +89,29 @@ def until(process, text):
     raise AssertionError(f"ended without {text!r}:\n{''.join(lines)}")
 
 
-def test_stopped_together_and_a_death_ends_all(alone, tmp_path):
-    """SIGTERM to torchrun saves one checkpoint after a step of all. When a process is killed the others end, with one line of ours."""
+def test_stopped_together_and_a_death_ends_all(alone, tmp_path, monkeypatch):
+    """SIGTERM to torchrun saves one checkpoint after a step of all. When one of three is killed the others end, with one line of ours."""
     out = tmp_path / "run"
     words = [*alone[1], f"--out_dir={out}", *(f"--{name}=1000000" for name in ("max_steps", "ckpt_interval", "eval_interval"))]
-    process = torchrun(*words)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    process = torchrun(*words, "--wandb=True")
     until(process, "step      5/")
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     (checkpoint,) = out.glob("ckpt_*.pt")
     stopped_at = int(checkpoint.stem[5:])
     assert f"stopped after step {stopped_at}. To go on: " in output and log_of(out)[-1]["step"] == stopped_at >= 5
+    (record,) = out.glob("wandb/offline-run-*/*.wandb")
+    assert all(str(line["seconds"]).encode() in record.read_bytes() for line in log_of(out)[-3:])  # the end is there too
 
-    process = torchrun(*words, "--resume=True")
+    process = torchrun(*words, "--resume=True", processes=3)
     until(process, f"step {stopped_at + 3:6d}/")
     os.kill(workers(process)[-1], signal.SIGKILL)
     killed = time.monotonic()
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 60 and process.returncode == 1
-    ours = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(ours) == 1 and "another process of this run is gone" in ours[0] and "--resume=True" in ours[0], output
+    (ours,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "another process of this run is gone" in ours and "--resume=True" in ours, output
     assert not re.search(r'File ".*train\.py"', output)  # no traceback but torchrun's own
     assert list(out.glob("ckpt_*")) == [checkpoint]
 
@@ -120,3 +123,15 @@ def test_a_mistake_is_told_once(alone, monkeypatch, rank):
     done = run_script("train.py", *alone[1], "--episodes_per_step=1", expect=2)
     told = "error: episodes_per_step = 1, but there are 2 processes to share it: raise episodes_per_step, or start fewer\n"
     assert done.stderr == ("" if rank else told) and not done.stdout
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--resume=True", "--seed=2"], "cannot resume "),
+    (["--lr=0.99", "--warmup_steps=0", "--weight_decay=100000"], "step "),
+])  # fmt: skip
+def test_a_mistake_of_all_processes_is_told_once(alone, tmp_path, words, told):
+    """Also one that only the first process looks for, and one that all find within the loop."""
+    out = alone[0] if "--resume=True" in words else tmp_path / "run"
+    output = torchrun(*alone[1], f"--out_dir={out}", *words).communicate(timeout=100)[0]
+    (ours,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert ours.startswith(f"error: {told}") and not re.search(r'File ".*train\.py"', output)

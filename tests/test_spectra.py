@@ -1,16 +1,20 @@
 """spectra.py: ranks against closed forms and numpy, entropies against a direct softmax, the signal on simulated and real curves, scripts as run."""
 import csv
+import io
 import json
 import math
 import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_many
+from tqdm import tqdm
 
+import runs
 import spectra
 from model import Llama, ModelConfig, rotary_table, rotate
 
@@ -57,6 +61,9 @@ def test_ranks_of_known_spectra():
     for matrix in (one, one.T, one.bfloat16(), one.half()):
         assert spectra.effective_rank(one) == pytest.approx(1, abs=2e-6)
         assert spectra.proportional_effective_rank(matrix) == pytest.approx(1 / 7, rel=0.01)
+    for scale in (1e-200, 1e200):
+        assert spectra.effective_rank(torch.eye(5).double() * scale) == pytest.approx(5)
+        np.testing.assert_allclose(spectra.singular_values(torch.eye(5).double() * scale), np.full(5, scale))
     for m, n in ((5, 9), (9, 5)):
         assert spectra.effective_rank(torch.zeros(m, n)) == spectra.proportional_effective_rank(torch.zeros(m, n)) == 0
     # sigma_i = r^i has p_i = (1 - r) r^i in the limit, of entropy -ln(1 - r) - r ln(r) / (1 - r)
@@ -130,6 +137,11 @@ def test_attention_entropy_equals_a_direct_softmax(model, batch):
     np.testing.assert_allclose(spectra.attention_entropy(model, batch[0]), expected, atol=2e-6)
 
 
+def test_the_batch_is_spread_over_the_text():
+    idx, targets = spectra.probe(np.arange(1001), 24, n_tokens=120)
+    assert idx.shape == (5, 24) and torch.equal(targets, idx + 1) and torch.equal(idx[0], torch.arange(24)) and targets[-1, -1] == 1000
+
+
 def test_entropy_of_long_rows_in_chunks():
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 2048, 8, generator=g), torch.randn(2, 2, 2048, 8, generator=g)
@@ -140,6 +152,7 @@ def test_entropy_of_long_rows_in_chunks():
         rows = -(p * p.clamp(min=1e-38).log()).sum(-1)[:, 1:] / torch.arange(2, 2049).log()
         assert found[h].item() == pytest.approx(rows.mean().item(), abs=1e-5)
     assert spectra.head_entropy(torch.zeros(1, 2, 300, 4), k[:1, :, :300, :4]).tolist() == pytest.approx([1, 1])  # uniform
+    assert spectra.head_entropy(q[:, :, :1], k[:, :, :1]).tolist() == [0] * 4  # a row of length one has none
     pointed = 100 * torch.nn.functional.one_hot(torch.arange(9)).float()[None, None]
     assert spectra.head_entropy(pointed, pointed).item() == pytest.approx(0, abs=1e-6)  # each sees itself only
 
@@ -320,6 +333,7 @@ def test_phase_figure_shows_the_numbers_of_the_logs():
     arms = [spectra.Arm("half meta", [made_up_log(s) for s in (0, 1, 2)], CONFIG), spectra.Arm("vanilla", [made_up_log(meta=False)], CONFIG)]
     for x, name in spectra.AXES.items():
         drawn = spectra.figure(arms, x)
+        assert not any(ax.yaxis.get_major_formatter().get_useOffset() for ax in drawn.axes)
         assert len(drawn.axes) == 5 and drawn.axes[-1].get_xlabel() == name and all(ax.get_ylabel() for ax in drawn.axes)
         loss = drawn.axes[3].lines[0].get_xydata()
         evals = [line for line in arms[0].runs[0] if line["kind"] == "eval"]
@@ -329,12 +343,24 @@ def test_phase_figure_shows_the_numbers_of_the_logs():
         assert {ax.lines[-1].get_color() for ax in drawn.axes[:2]} <= set(spectra.COLORS) | {"0.6"}
         ends = [line.get_xdata()[0] for line in drawn.axes[0].lines if len(line.get_xdata()) == 2]
         assert ends and ends[0] == pytest.approx(next(line[x] for line in evals if line["step"] == 20))
+    accuracy = spectra.figure(arms).axes[4].collections[2].get_paths()[0].vertices  # the vanilla run's, after two bands of three seeds
+    np.testing.assert_allclose([accuracy[:, 1].min(), accuracy[:, 1].max()], [0.2 - 0.01, 0.4 + 0.01])  # its one standard error
+    short = spectra.figure([spectra.Arm("two", [made_up_log(), made_up_log(n=9)], CONFIG)])
+    assert short.axes[3].lines[0].get_xdata().max() == 80  # as far as both go
     marks = [text.get_text() for text in drawn.axes[0].texts]
     assert marks.count("drop of 30%") == 6 and "warm-up ends" in marks  # three seeds, two curves; none in the vanilla run
     heat = spectra.heat_maps(arms)
     assert [ax.get_title() for ax in heat.axes[:2]] == ["half meta", "vanilla"]
     values = heat.axes[0].collections[0].get_array()
     np.testing.assert_allclose(values, np.tile([[0.5], [0.6], [0.7]], 21))
+    bare = [{key: value for key, value in line.items() if "activations" not in key} for line in made_up_log()]  # NaN in the first block
+    for logs in ([bare], [made_up_log(), bare]):
+        heat = spectra.heat_maps([spectra.Arm(str(i), [log], CONFIG) for i, log in enumerate(logs)])
+        assert [ax.collections[0].get_array().mask.all() for ax in heat.axes[: len(logs)]] == [log is bare for log in logs]
+        heat.savefig(io.BytesIO())
+    sharper = [line | {f"entropy/{layer}": 0.1 for layer in range(3)} for line in made_up_log()]
+    heat = spectra.heat_maps([spectra.Arm("a", [made_up_log()], CONFIG), spectra.Arm("b", [sharper], CONFIG)])
+    assert [ax.collections[0].get_clim() for ax in heat.axes[2:4]] == [(0.1, 0.7)] * 2  # alike
 
 
 def test_curves_of_a_short_run():
@@ -364,6 +390,8 @@ def test_times_sooner():
     assert "a reached it after 100 steps, 10,000 LM tokens, 2e+08 FLOPs, 50 s" in text
     assert "2.00x in optimizer step, 2.00x in language-model tokens, 1.00x in training FLOPs, 2.00x in training time" in text
     assert "b never came down to it: its lowest is 6.0000" in spectra.sooner(("b", "a"), (slow, fast))
+    damaged = [line | {"val_loss": math.nan} for line in fast]
+    assert "a ended without a finite validation loss" in spectra.sooner(("a", "a"), (damaged, damaged))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -492,18 +520,22 @@ def test_command_line(here, tmp_path, data_dir):
     (tmp_path / "bare" / "config.json").write_text("{}")
     shutil.copytree(here / "maml", tmp_path / "torn_log")  # as a crash leaves it
     shutil.copytree(here / "maml", tmp_path / "garbled")
+    (tmp_path / "unmade").mkdir()
+    shutil.copy(here / "maml" / "log.jsonl", tmp_path / "unmade")
     text = (here / "maml" / "log.jsonl").read_text()
     (tmp_path / "torn_log" / "log.jsonl").write_text(text + '{"step": 41, "ki')
     (tmp_path / "garbled" / "log.jsonl").write_text(text.replace("\n", "\nrubbish\n", 1))
     out = f"--out={tmp_path / 'figures'}"
     both, single, lacking, damaged, torn_log, *mistakes = run_many("spectra.py", [
-        [here / "maml", here / "maml_1", here / "vanilla", "--x=lm_tokens", out], [alone], [old], [tmp_path / "damaged", "--from_checkpoints=True"],
-        [tmp_path / "torn_log"],
+        [here / "maml", here / "maml_1", here / "vanilla", "--x=lm_tokens", out], [alone, f"{alone}/"], [old],
+        [tmp_path / "damaged", "--from_checkpoints=True"], [tmp_path / "torn_log"],
         [], [tmp_path / "empty"], [tmp_path / "torn", "--from_checkpoints=True"], [here / "maml", here / "other"], [here / "maml", "--x=steps"],
         [tmp_path / "misled"], [tmp_path / "bare"], [here / "maml", "--out=/dev/null/figures"], [tmp_path / "garbled"],
+        [tmp_path / "unmade"],
     ])  # fmt: skip
     for done in (both, single, lacking, damaged, torn_log):
         assert done.returncode == 0, done.stderr
+    assert "ended" not in single.stdout  # given twice, it is compared with nothing
     for name in ("phase.png", "heat.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG") and (alone / name).exists()
     table = {name: list(csv.DictReader(open(folder / "spectra.csv"))) for name, folder in (("maml", here / "maml"), ("alone", alone), ("old", old))}
@@ -522,6 +554,14 @@ def test_command_line(here, tmp_path, data_dir):
     assert "step 40: weights/o/2 is not finite: 1 of its 256 numbers; left out" in damaged.stderr
     says = ["nothing is not a run folder", "empty holds neither checkpoints nor a log", "cannot read the checkpoint", "d_ff = 44", "x = 'steps'",
             "misled/eval_lm.json is not what", "bare/config.json has d_model = None", "cannot make this folder",
-            "garbled/log.jsonl, line 2 is damaged: 'rubbish"]
+            "garbled/log.jsonl, line 2 is damaged: 'rubbish", "unmade/config.json"]
     for text, done in zip(says, mistakes, strict=True):
-        assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_error_has_a_line_of_its_own(tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1]")
+    with tqdm(total=2, file=sys.stderr), pytest.raises(SystemExit):
+        runs.read_json(str(tmp_path / "list.json"))
+    assert f"error: {tmp_path}/list.json is not valid JSON (an object is expected): it is damaged; make it or copy it again" in [
+        line.strip() for line in capsys.readouterr().err.splitlines()]  # fmt: skip

@@ -178,9 +178,9 @@ def test_first_steps_are_those_of_a_loop_written_by_hand(quick_start, data_dir):
 # Stopped and resumed
 
 
-def stop_after(words, step, signum):
+def stop_after(words, step, signum, where=ROOT):
     """Start a run and send it a signal once it has printed a step. Returns its exit code and what it printed."""
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     if sys.platform == "linux":
         import fcntl
 
@@ -209,7 +209,7 @@ def interrupted(quick_start, tmp_path_factory):
     ends.append(stop_after(words, reached + 2, signal.SIGKILL))
     with open(folder / "log.jsonl", "a") as file:  # a kill may also leave these behind
         file.write('{"step": 159, "kind": "lm", "lm_lo')
-    (folder / "ckpt_000999.pt.tmp").write_bytes(b"half a checkpoint")
+    (folder / "ckpt_000999.pt.77.tmp").write_bytes(b"half a checkpoint")
     ends.append((0, run_script("train.py", *words).stdout))
     return folder, ends
 
@@ -235,6 +235,23 @@ def test_resumed_run_is_bit_equal(quick_start, interrupted):
     assert moments and all(torch.equal(moments[i][key], again[i][key]) for i in moments for key in ("exp_avg", "exp_avg_sq", "step"))
     seconds = [line["seconds"] for line in log_of(folder)]
     assert seconds == sorted(seconds)  # they add up over the interruptions
+
+
+def test_numbers_read_a_step_late_are_the_same(quick_start, tmp_path):
+    """On a GPU a step begins before the numbers of the one before are read; here the CPU is told to do so. Also when it is stopped in between."""
+    for path in [*ROOT.glob("*.py"), ROOT / "config"]:
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "train.py").unlink()
+    text = (ROOT / "train.py").read_text()
+    assert text.count("late, unread = int(") == 1
+    (tmp_path / "train.py").write_text(text.replace("late, unread = int(", "late, unread = 1, []  # ("))
+    words = settings(quick_start.words, out_dir=tmp_path / "run", max_steps=50, ckpt_interval=20)
+    run_script(ROOT / "train.py", *settings(words, out_dir=tmp_path / "straight"))
+    stop_after(words, 31, signal.SIGTERM, tmp_path)
+    run_script(tmp_path / "train.py", *words, "--resume=True")
+    assert without_times(log_of(tmp_path / "run")) == without_times(log_of(tmp_path / "straight"))
+    weights, others = (checkpoint(tmp_path / name, 50)["model"] for name in ("run", "straight"))
+    assert all(torch.equal(weights[name], others[name]) for name in others)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
