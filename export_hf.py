@@ -238,6 +238,15 @@ def tensors_of(folder):
     return found
 
 
+def digest(tensors):
+    """sha256 of the names, kinds and numbers of (name, tensor) pairs: what safetensors itself has no sum of, we keep in its metadata."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors:
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
 @contextlib.contextmanager
 def opened(path):
     """A safetensors file, whose library checks its header against its size."""
@@ -308,6 +317,11 @@ def weights_of(folder):
             fail(f"{path}: the tensor {theirs} is {' x '.join(map(str, there))}, but config.json makes it {' x '.join(map(str, expected[ours]))}")
     if extra := sorted(set(found) - set(names.values())):
         fail(f"{found[extra[0]][0]}: a Llama has no tensor {extra[0]}" + f", nor {len(extra) - 1} more of its tensors" * (len(extra) > 1))
+    for path in sorted({path for path, _ in found.values()}):
+        with opened(path) as file:
+            said = (file.metadata() or {}).get("sha256")
+            if said and said != digest((name, file.get_tensor(name)) for name in sorted(file.keys())):
+                fail(f"{path} does not match the sha256 that export_hf.py wrote into it: it was changed or damaged; export it again")
     weights = {}
     for ours, theirs in names.items():
         with opened(found[theirs][0]) as file:
@@ -499,7 +513,8 @@ def write_hub(folder, step, target, work):
     meta = read_json(os.path.join(folder, "meta.json"))
     eot = meta["special_tokens"]["<|endoftext|>"]
     looked = next((line for line in read_log(folder) if (line["kind"], line["step"]) == ("eval", checkpoint["step"])), {})
-    names, weights = hf_names(model.config.n_layers), model.state_dict()
+    names = hf_names(model.config.n_layers)
+    weights = {names[ours]: p for ours, p in model.state_dict().items()}
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
     about = {name: str(checkpoint["config"][name]) for name in ("readout", "inner_lr", "inner_steps", "n_way", "k_shot")}
     files = {
@@ -511,7 +526,7 @@ def write_hub(folder, step, target, work):
             "mask_token": "<|mask|>", "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": model.config.block_size, "clean_up_tokenization_spaces": False}, indent=2),
         "README.md": card(model, checkpoint, meta, looked),
-        "model.safetensors": save({names[ours]: p for ours, p in weights.items()}, {"format": "pt"}),
+        "model.safetensors": save(weights, {"format": "pt", "sha256": digest(sorted(weights.items()))}),
         **({"head.safetensors": save(checkpoint["head"], about | {"format": "pt"})} if checkpoint["head"] else {}),
     }  # fmt: skip
     for name, content in files.items():

@@ -562,8 +562,8 @@ def loss_on(first, last):
     starts = np.linspace(first, last - config.block_size - 1, n_rows).astype(np.int64)
     total = torch.zeros((), device=device)
     for part in chunks(n_rows, config.micro_batch_size or config.batch_size):
-        with autocast:
-            total += model(*rows(corpus.val, starts[part])) * (part.stop - part.start)
+        with autocast, torch.enable_grad():  # as in training, whose kernels then serve: those without gradients would be compiled besides
+            total += model(*rows(corpus.val, starts[part])).detach() * (part.stop - part.start)
     return over_all(total).item() / n_rows
 
 

@@ -42,6 +42,7 @@ from tqdm import tqdm  # noqa: E402
 
 import configurator  # noqa: E402
 import eval_ner  # noqa: E402
+import export_hf  # noqa: E402
 import model as model_file  # noqa: E402
 import runs  # noqa: E402
 
@@ -572,10 +573,16 @@ def bits(n):
         found = log_of(folder)
         return None if found == good_log else "recovered, less the last line" if found == good_log[:-1] else "read with another value"
 
+    def exported():
+        must(same(export_hf.weights_of(str(hub))[1], good_weights), "other numbers were read")
+
     good_config = runs.read_json(str(folder / "config.json"))
+    hub = fresh("hub")
+    must(Run("export_hf.py", here / "straight", hub).end()[0] == 0, "the run was not exported")
+    good_weights = export_hf.weights_of(str(hub))[1]
     readers = {
         folder / "ckpt_000024.pt": state, corpus / "train.bin": text, corpus / "tokenizer.tiktoken": text, folder / "spectra_000024.npz": spectra,
-        corpus / "meta.json": text, folder / "config.json": settings, folder / "log.jsonl": log,
+        hub / "model.safetensors": exported, corpus / "meta.json": text, folder / "config.json": settings, folder / "log.jsonl": log,
     }  # fmt: skip
     usual = {path: reader() for path, reader in readers.items()}
     must(not any(usual.values()), "the undamaged files are not read as they are")
@@ -593,7 +600,7 @@ def bits(n):
                 path.write_bytes(data)
             must(peak() <= max(before, 2 * memory), f"{peak() / memory:.1f} times the memory")
             cut = len(content) < len(data)
-            must(not (cut and path.suffix in (".pt", ".bin", ".tiktoken", ".npz")) or line, "what was cut short was taken for whole")
+            must(not (cut and path.suffix in (".pt", ".bin", ".tiktoken", ".npz", ".safetensors")) or line, "what was cut short was taken for whole")
             return "refused" if line else found or "read as it was"
 
         rng.seed(f"{args.seed} {path.name}")
