@@ -1,6 +1,6 @@
 """Pretrain a small Llama, by next-token prediction interleaved with first-order MAML on few-shot tasks cut from the same text.
 
-    python train.py config/train_11m.py                        # the quick start: corpus, training, curves and a paragraph within ten minutes
+    python train.py config/train_11m.py                        # the quick start: corpus, training, curves and a paragraph within minutes
     python train.py config/train_11m.py --meta_ratio=0 --out_dir=out/11m-vanilla        # its baseline, on the same batches
     python train.py config/train_11m.py --resume=True          # after Ctrl-C, SIGTERM, kill -9 or a power cut
     torchrun --nproc_per_node=8 train.py config/train_570m.py  # one process a GPU; without GPUs they meet through gloo

@@ -1,7 +1,7 @@
 """The 11M model: 96 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 384. It has 11,282,784 parameters with a vocabulary of 50,304 and
 2,410,848 with the 4,096 of the default corpus.
 
-On a GPU this is the paper's recipe (Africa et al. 2025); without one, the same model in a version that a laptop finishes within ten minutes.
+On a GPU this is the paper's recipe (Africa et al. 2025); without one, the same model in a version that a laptop finishes within minutes.
 """
 import pathlib
 
