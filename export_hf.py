@@ -365,7 +365,7 @@ def pattern_of(pre, longest_run, path):
         split = parts[0] if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and not longest_run else {}
         if split.get("behavior") == "Isolated" and not split.get("invert") and "Regex" in split["pattern"]:
             pattern = split["pattern"]["Regex"]
-            outside = re.sub(r"\\[pP]\{[^}]*\}|\\.|\[(\\.|[^]\\])*\]", "", pattern)  # of classes of characters
+            outside = re.sub(r"\\[pP]\{[^}]*\}|\\.|\[(\\.|[^]\\])*\]", "", pattern.replace(r"\s++$", ""))  # after \s++ an end is the text's
             if sign := re.search(r"[$^]|\}\+|\(\?\w*m", outside):
                 fail(f"{path}: its pattern {pattern[:80]!r} has {sign[0]}, which means something else to tiktoken: ids would differ")
             return pattern

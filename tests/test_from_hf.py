@@ -18,7 +18,7 @@ from conftest import PACKAGES, ROOT, run_many
 from safetensors.torch import load_file, save_file
 from test_export_hf import SCRIPTS
 
-from export_hf import LETTERS, NAMES, check_merges
+from export_hf import LETTERS, NAMES, check_merges, pattern_of
 from runs import load_corpus, load_model, load_tokenizer, read_json
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -408,6 +408,20 @@ def test_merges_by_all_short_strings():
         assert same == passed, (vocab, merges, ignore)
         outcomes.append(same)
     assert 20 < sum(outcomes) < 100
+
+
+def test_pattern_of_tiktoken():
+    """GPT-2's as tiktoken writes it, of a corpus made with --tokenizer=gpt2, comes back from an export; it cuts the same there."""
+    import regex  # tiktoken's own dependency
+    from tiktoken_ext.openai_public import r50k_pat_str
+    from tokenizers import Regex, pre_tokenizers
+
+    split = {"type": "Split", "pattern": {"Regex": r50k_pat_str}, "behavior": "Isolated", "invert": False}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    assert pattern_of({"type": "Sequence", "pretokenizers": [split, by_bytes]}, 0, "") == r50k_pat_str
+    theirs = pre_tokenizers.Split(Regex(r50k_pat_str), "isolated")
+    for text in ["".join(parts) for parts in itertools.product(["a", " ", "\n", "\r", "1", "'s"], repeat=5)]:
+        assert [piece for piece, _ in theirs.pre_tokenize_str(text)] == regex.findall(r50k_pat_str, text)
 
 
 def test_the_last_id_left(world):
