@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -264,7 +265,7 @@ def shape_of(folder, pico):
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if not pico:
         if theirs.get("model_type") != "llama":
-            fail(f"{path} has model_type {theirs.get('model_type')!r}: only llama has this architecture")
+            fail(f"{path} has model_type {theirs.get('model_type')!r:.40}: only llama has this architecture")
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
             fail(f"{path} scales its rotary positions ({json.dumps(rope)[:100]}), which this model does not")
         theirs = {"num_key_value_heads": theirs.get("num_attention_heads"), "rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | theirs
@@ -272,7 +273,9 @@ def shape_of(folder, pico):
     shape = {}
     for field in fields(ModelConfig):
         key = SHAPE[field.name][pico]
-        value = float(theirs[key]) if field.type is float and type(theirs.get(key)) is int else theirs.get(key)
+        value = theirs.get(key)
+        if field.type is float and type(value) is int and value < 2**24:
+            value = float(value)
         if type(value) is not field.type or not 0 < value < 2**24:
             fail(f"{path} has {key} = {json.dumps(value)[:40]}, where a {'whole ' * (field.type is int)}number above 0 and below {2**24:,} belongs")
         shape[field.name] = value
@@ -316,7 +319,7 @@ def weights_of(folder):
         if there != expected[ours]:
             fail(f"{path}: the tensor {theirs} is {' x '.join(map(str, there))}, but config.json makes it {' x '.join(map(str, expected[ours]))}")
     if extra := sorted(set(found) - set(names.values())):
-        fail(f"{found[extra[0]][0]}: a Llama has no tensor {extra[0]}" + f", nor {len(extra) - 1} more of its tensors" * (len(extra) > 1))
+        fail(f"{found[extra[0]][0]}: a Llama has no tensor {extra[0]:.200}" + f", nor {len(extra) - 1} more of its tensors" * (len(extra) > 1))
     for path in sorted({path for path, _ in found.values()}):
         with opened(path) as file:
             said = (file.metadata() or {}).get("sha256")
@@ -361,7 +364,11 @@ def pattern_of(pre, longest_run, path):
             return rf"{number}|{LETTERS}{OTHERS}|\s+(?![^\s\p{{N}}])|\s+"
         split = parts[0] if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and not longest_run else {}
         if split.get("behavior") == "Isolated" and not split.get("invert") and "Regex" in split["pattern"]:
-            return split["pattern"]["Regex"]
+            pattern = split["pattern"]["Regex"]
+            outside = re.sub(r"\\[pP]\{[^}]*\}|\\.|\[(\\.|[^]\\])*\]", "", pattern.replace(r"\s++$", ""))  # after \s++ an end is the text's
+            if sign := re.search(r"[$^]|\}\+|\(\?\w*m", outside):
+                fail(f"{path}: its pattern {pattern[:80]!r} has {sign[0]}, which means something else to tiktoken: ids would differ")
+            return pattern
     fail(f"{path}: tiktoken cannot cut text as its pre-tokenizer does ({', '.join(kinds)}): GPT-2's, Llama 3's and SmolLM's kinds are known")
 
 
@@ -417,6 +424,9 @@ def _tokenizer_of(theirs, folder, path, n_rows):
     runs = {token["content"].encode(): token["id"] for token in theirs["added_tokens"] if not token["content"].strip(" ")}
     if sorted(map(len, runs)) != list(range(2, len(runs) + 2)):
         fail(f"{path} has runs of spaces as added tokens, but not of each length from 2 on: tiktoken cannot express it")
+    markup = {token for token in added if re.search(r"\w", token) and re.search(r"[^\w\s]", token)}  # such as <s>, which no text has
+    if text := next((token for token in added if token not in markup and token.encode() not in runs), None):
+        fail(f"{path} cuts {text[:40]!r}, an added token, out of the middle of a text: tiktoken cannot express it")
     pattern = pattern_of(theirs["pre_tokenizer"], max(map(len, runs), default=0), path)
 
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
@@ -453,9 +463,11 @@ def _tokenizer_of(theirs, folder, path, n_rows):
     special |= {f"<|unused {i}|>": i for i in range(max(used)) if i not in used}  # so that any id below the last stands for something
     notes += [f"<|endoftext|> is their {end}, {added[end]}"] + ["characters are composed (NFC) before they are read"] * len(changes)
     meta = {"vocab_size": n_rows, "pattern": pattern, "special_tokens": special, "normalizer": changes[0] if changes else None}
-    encoding = tiktoken.Encoding("imported", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    if encoding.decode(encoding.encode_ordinary(SAMPLE)) != SAMPLE:  # tiktoken leaves out what a pattern does not match
-        fail(f"{path}: its pattern {pattern[:80]!r} does not match all of a text, and tiktoken would lose the rest")
+    nothing = max(used) + 1  # an id for a piece without characters, on which tiktoken would panic
+    encoding = tiktoken.Encoding("imported", pat_str=pattern, mergeable_ranks=ranks | {b"": nothing}, special_tokens=special)
+    ids = encoding.encode_ordinary(SAMPLE)
+    if nothing in ids or encoding.decode(ids) != SAMPLE:  # tiktoken leaves out what a pattern does not match
+        fail(f"{path}: its pattern {pattern[:80]!r} does not match all of a text, or matches nothing at all, and tiktoken would lose the rest")
     return meta, ranks, notes
 
 

@@ -30,7 +30,8 @@ from model import Llama, ModelConfig
 
 def fail(message, code=2):
     """End the program with one line. Code 2: the user can mend it before anything starts; code 1: it happened while working."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)  # a name from a file may hold whatever moves a terminal
+    tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     sys.exit(code)
 
 

@@ -18,7 +18,7 @@ from conftest import PACKAGES, ROOT, run_many
 from safetensors.torch import load_file, save_file
 from test_export_hf import SCRIPTS
 
-from export_hf import LETTERS, NAMES, check_merges
+from export_hf import LETTERS, NAMES, check_merges, pattern_of
 from runs import load_corpus, load_model, load_tokenizer, read_json
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -119,6 +119,7 @@ def complex_logits(state, idx, eps=1e-4, theta=500.0, H=4, K=2):
 MISTAKES = {  # name -> what the line says
     "missing": ["the tensor model.layers.1.mlp.up_proj.weight is missing"],
     "extra": ["model.safetensors", "no tensor model.layers.0.self_attn.q_proj.bias"],
+    "evil name": ["no tensor model.x\\nerror: \\x1b[2J"],
     "shape": ["model.safetensors", "model.norm.weight is 33", "makes it 32"],
     "not finite": ["model.safetensors", "model.layers.0.mlp.down_proj.weight is not finite"],
     "whole numbers": ["model.norm.weight is torch.int8"],
@@ -126,6 +127,7 @@ MISTAKES = {  # name -> what the line says
     "many layers": ["16000000 layers", "21 tensors"],
     "wide": ["model.embed_tokens.weight is 960 x 32", "960 x 16000000"],
     "huge": ["vocab_size = 1000000000000"],
+    "huge theta": ["rope_theta = 1000000000000"],
     "no vocab_size": ["config.json has vocab_size = null"],
     "odd heads": ["does not divide"],
     "mistral": ["model_type 'mistral'"],
@@ -161,6 +163,11 @@ MISTAKES = {  # name -> what the line says
     "too many": ["ids outside 0 to 959"],
     "no end": ["names a token that begins or ends a text"],
     "gap": ["does not match all of a text"],
+    "nothing cut": ["or matches nothing at all"],
+    "possessive": ["has }+, which means something else"],
+    "line": ["has ^, which means something else"],
+    "word": ["cuts 'learning', an added token"],
+    "tabs": ["cuts '\\t\\t', an added token"],
     "runs": ["runs of spaces"],
     "odd": ["is not what Hugging Face's tokenizers write", "KeyError"],
     "no folder": ["--from_hf=DIR out/<run>"],
@@ -191,17 +198,25 @@ def damaged(name, here):
         change(listed["weight_map"])
         index.write_text(json.dumps(listed))
 
+    def pattern(regex):
+        tokenizer["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": regex})
+
+    def added(content):
+        tokenizer["added_tokens"].append({"id": 950, "content": content})
+
     def header(raw):
         weights.write_bytes(len(raw).to_bytes(8, "little") + raw)
 
     changes = {
         "missing": lambda: tensors(model__layers__1__mlp__up_proj__weight=None),
         "extra": lambda: tensors(model__layers__0__self_attn__q_proj__bias=torch.zeros(32)),
+        "evil name": lambda: tensors(**{"model.x\nerror: \x1b[2J": torch.zeros(1)}),
         "shape": lambda: tensors(model__norm__weight=torch.ones(33)),
         "not finite": lambda: tensors(model__layers__0__mlp__down_proj__weight=torch.full((32, 48), torch.nan)),
         "whole numbers": lambda: tensors(model__norm__weight=torch.ones(32, dtype=torch.int8)),
         "layers": lambda: config(num_hidden_layers=1), "many layers": lambda: config(num_hidden_layers=16_000_000),
         "wide": lambda: config(hidden_size=16_000_000, head_dim=...), "huge": lambda: config(vocab_size=10**12),
+        "huge theta": lambda: config(rope_parameters=..., rope_theta=10**400),
         "no vocab_size": lambda: config(vocab_size=...), "odd heads": lambda: config(num_attention_heads=5),
         "mistral": lambda: config(model_type="mistral"),
         "gelu": lambda: config(hidden_act="gelu"), "biased": lambda: config(attention_bias=True), "head_dim": lambda: config(head_dim=16),
@@ -229,8 +244,10 @@ def damaged(name, here):
         "two ids": lambda: (bpe["vocab"].update({"zq": 950, "qz": 950}), bpe["merges"].extend([["z", "q"], ["q", "z"]])),
         "too many": lambda: (bpe["vocab"].update({"zq": 960}), bpe["merges"].append(["z", "q"])),
         "no end": lambda: ((folder / "tokenizer_config.json").unlink(), (folder / "generation_config.json").unlink(), config(eos_token_id=300)),
-        "gap": lambda: tokenizer["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{L}+|\s+"}),
-        "runs": lambda: tokenizer["added_tokens"].append({"id": 950, "content": "   "}), "odd": lambda: tokenizer.pop("added_tokens"),
+        "gap": lambda: pattern(r"\p{L}+|\s+"), "nothing cut": lambda: pattern(r"\p{L}*|\s+|[^\s\p{L}]"),
+        "possessive": lambda: pattern(r"\p{N}{1,3}+|\p{L}+|\s+|[^\s\p{L}\p{N}]+"), "line": lambda: pattern(r"[^\s$]+|^\s+|\s+"),
+        "word": lambda: added("learning"), "tabs": lambda: added("\t\t"),
+        "runs": lambda: added("   "), "odd": lambda: tokenizer.pop("added_tokens"),
         "no folder": lambda: shutil.rmtree(folder), "no run": lambda: None, "half": lambda: (here / "half.tmp").mkdir(), "taken": lambda: None,
     }  # fmt: skip
     changes[name]()
@@ -391,6 +408,20 @@ def test_merges_by_all_short_strings():
         assert same == passed, (vocab, merges, ignore)
         outcomes.append(same)
     assert 20 < sum(outcomes) < 100
+
+
+def test_pattern_of_tiktoken():
+    """GPT-2's as tiktoken writes it, of a corpus made with --tokenizer=gpt2, comes back from an export; it cuts the same there."""
+    import regex  # tiktoken's own dependency
+    from tiktoken_ext.openai_public import r50k_pat_str
+    from tokenizers import Regex, pre_tokenizers
+
+    split = {"type": "Split", "pattern": {"Regex": r50k_pat_str}, "behavior": "Isolated", "invert": False}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    assert pattern_of({"type": "Sequence", "pretokenizers": [split, by_bytes]}, 0, "") == r50k_pat_str
+    theirs = pre_tokenizers.Split(Regex(r50k_pat_str), "isolated")
+    for text in ["".join(parts) for parts in itertools.product(["a", " ", "\n", "\r", "1", "'s"], repeat=5)]:
+        assert [piece for piece, _ in theirs.pre_tokenize_str(text)] == regex.findall(r50k_pat_str, text)
 
 
 def test_the_last_id_left(world):
