@@ -528,7 +528,11 @@ def write_hub(folder, step, target, work):
     names = hf_names(model.config.n_layers)
     weights = {names[ours]: p for ours, p in model.state_dict().items()}
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    about = {name: str(checkpoint["config"][name]) for name in ("readout", "inner_lr", "inner_steps", "n_way", "k_shot")}
+    try:
+        about = {name: str(checkpoint["config"][name]) for name in ("readout", "inner_lr", "inner_steps", "n_way", "k_shot")}
+        told = card(model, checkpoint, meta, looked)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fail(f"meta.json or the checkpoint in {folder} lacks what the model card tells ({error!r}): copy the run again")
     files = {
         "config.json": json.dumps(hf_config(model, eot), indent=2),
         "generation_config.json": json.dumps(special),
@@ -537,7 +541,7 @@ def write_hub(folder, step, target, work):
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
             "mask_token": "<|mask|>", "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": model.config.block_size, "clean_up_tokenization_spaces": False}, indent=2),
-        "README.md": card(model, checkpoint, meta, looked),
+        "README.md": told,
         "model.safetensors": save(weights, {"format": "pt", "sha256": digest(sorted(weights.items()))}),
         **({"head.safetensors": save(checkpoint["head"], about | {"format": "pt"})} if checkpoint["head"] else {}),
     }  # fmt: skip

@@ -84,11 +84,13 @@ def lock(folder):
         return
     folder = os.path.realpath(folder)
     if folder not in held:
-        held[folder] = os.open(folder, os.O_RDONLY)
         try:
+            held[folder] = os.open(folder, os.O_RDONLY)
             fcntl.flock(held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another process is at work on {folder}: wait until it has ended, or take another --out_dir")
+        except PermissionError:
+            fail(f"{folder} may not be read: change its permissions, or take another --out_dir")
         except OSError:  # a file system without locks
             pass
 
@@ -201,9 +203,10 @@ def load_corpus(folder):
         eot, mask = (meta["special_tokens"][name] for name in ("<|endoftext|>", "<|mask|>"))
         special = set(meta["special_tokens"].values())
         token_bytes = [b"" if i in special else encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-        ranges = [source["val_range"] for source in meta["sources"] if source["name"]]
+        ranges = [source["val_range"] for source in meta["sources"] if type(source["name"]) is str]
         fit = encoding.n_vocab <= meta["vocab_size"] <= 65_536 and meta["splits"]["val"]["bytes"] > 0 and type(meta["corpus_hash"]) is str
-        if not fit or type(meta["vocab_size"]) is not int or not all(0 <= first <= last <= len(val) for first, last in ranges):
+        if not fit or type(meta["vocab_size"]) is not int or not all(0 <= first <= last <= len(val) for first, last in ranges) or \
+                len(ranges) < len(meta["sources"]) or any(type(at) is not int for both in ranges for at in both):
             raise ValueError("its numbers do not fit each other")
         if any(tokens.nbytes < 1e9 and tokens.max() >= encoding.n_vocab for tokens in (train, val)):
             raise ValueError("the text has ids that the tokenizer does not have")
@@ -239,16 +242,18 @@ def load_checkpoint(path, map_location="cpu"):
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
             records = archive.infolist()
             # torch stores and never compresses, so that a file cannot unpack to more than itself; nor has a record attributes, which make it a folder
-            if sum(record.file_size for record in records) > os.path.getsize(path) or any(r.compress_type or r.external_attr for r in records):
+            size = os.fstat(file.fileno()).st_size
+            if sum(record.file_size for record in records) > size or any(r.compress_type or r.external_attr for r in records):
                 raise ValueError("its records are not as torch.save writes them")
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} does not match")
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            file.seek(0)  # the same file: a run at work may have put another in its place
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
         kinds = {"model": dict, "head": dict, "optimizer": dict, "step": int, "progress": dict, "config": dict}
         lacking = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
-        if sum(p.nbytes for p in [*checkpoint["model"].values(), *checkpoint["head"].values()]) > os.path.getsize(path):
+        if sum(p.nbytes for p in [*checkpoint["model"].values(), *checkpoint["head"].values()]) > size:
             raise ValueError("it holds fewer numbers than its shapes say")
         return checkpoint
     except Exception as error:  # there are many ways to be damaged; none of them is a reason for more than a line
@@ -284,22 +289,33 @@ def load_model(out_dir, step=None, device="cpu"):
     return model.eval(), load_tokenizer(out_dir), checkpoint
 
 
+LOGGED = {"lm": {"lm_loss"}, "meta": {"meta_loss"}, "eval": {"val_loss", "val_bits_per_byte"}}  # kind of a line of numbers -> what each has
+
+
 def read_log(out_dir, up_to=math.inf):
     """The lines of log.jsonl as dicts, up to and including step `up_to`. A last line torn by a crash is left out; other damage ends the program."""
     path, lines = os.path.join(out_dir, "log.jsonl"), []
-    if os.path.exists(path) and not os.path.isfile(path):
-        fail(f"{path} is not a regular file: copy the log again")
-    if os.path.exists(path):
-        with open(path, encoding="utf8", errors="replace") as file:
-            for number, text in enumerate(file, 1):
-                try:
-                    line = json.loads(text)
-                    if not (isinstance(line, dict) and type(line.get("step")) is int and "kind" in line):
-                        raise ValueError
-                    lines.append(line)
-                except (ValueError, RecursionError):
-                    if text.endswith("\n"):
-                        fail(f"{path}, line {number} is damaged: {text[:40]!r}; copy the log again, or delete the line")
+    try:
+        file = open_file(path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        fail(f"cannot read {path} ({error.strerror}): copy the log again")
+    with file:
+        for number, data in enumerate(file, 1):
+            text = data.decode(errors="replace")
+            try:
+                line = json.loads(text)
+                if not (isinstance(line, dict) and type(line.get("step")) is int and LOGGED.get(line.get("kind"), set()) <= set(line)):
+                    raise ValueError
+                if any(type(value) not in (int, float) for key, value in line.items() if line["kind"] in LOGGED and key != "kind"):
+                    raise ValueError
+                if any({f"{key}_before", f"{key}_se"} - set(line) for key in ("val_query_acc", "heldout_query_acc") if key in line):
+                    raise ValueError
+                lines.append(line)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                if text.endswith("\n"):
+                    fail(f"{path}, line {number} is damaged: {text[:40]!r}; copy the log again, or delete the line")
     return [line for line in lines if line["step"] <= up_to]
 
 

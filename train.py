@@ -705,7 +705,8 @@ if not rank:
         tracker = start_wandb()  # before anything is written: without a login there is no run yet
     for name in os.listdir(config.out_dir):
         if re.fullmatch(r"(ckpt_\d+\.pt|spectra_\d+\.npz|log\.jsonl|config\.json|meta\.json|tokenizer\.tiktoken|curves\.png)\.\d+\.tmp", name):
-            os.unlink(os.path.join(config.out_dir, name))  # of a process that was killed while saving
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(config.out_dir, name))  # of a process that was killed while saving
     for name in ("tokenizer.tiktoken", "meta.json"):
         with open(os.path.join(corpus_dir, name), "rb") as file:
             write_atomic(os.path.join(config.out_dir, name), lambda copy, file=file: shutil.copyfileobj(file, copy))

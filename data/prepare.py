@@ -331,11 +331,18 @@ def load_tokenizer(folder, described_in="meta.json"):
         fail(f"--tokenizer={folder} is not the folder of a prepared corpus: it has no {Path(error.filename).name}")
     except (ValueError, RecursionError) as error:
         fail(f"{folder / 'meta.json'} is damaged ({error}): prepare that corpus again")
-    if not isinstance(meta, dict) or not {"sha256", "pattern", "special_tokens"} <= set(meta):
-        fail(f"{folder / 'meta.json'} does not describe a corpus: prepare that corpus again")
-    if hashlib.sha256(lines).hexdigest() != meta["sha256"]["tokenizer.tiktoken"]:
-        fail(f"{folder / 'tokenizer.tiktoken'} is not the file that its meta.json describes: prepare that corpus again")
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines.splitlines())}
+    try:
+        if hashlib.sha256(lines).hexdigest() != meta["sha256"]["tokenizer.tiktoken"]:
+            fail(f"{folder / 'tokenizer.tiktoken'} is not the file that its meta.json describes: prepare that corpus again")
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines.splitlines())}
+        special = meta["special_tokens"]
+        if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))) or meta.get("normalizer") not in (None, "NFC"):
+            raise ValueError("its ids are not 0, 1, 2, ..., or its normalizer is not NFC")
+        if not {"<|endoftext|>", "<|mask|>"} <= set(special) or not meta["pattern"]:
+            raise ValueError("it lacks <|endoftext|>, <|mask|> or the pattern")
+        tiktoken.Encoding("corpus", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fail(f"{folder / 'meta.json'} does not describe a tokenizer ({error!r}): prepare that corpus again")
     return Tokenizer(ranks, meta["pattern"], meta["special_tokens"], meta.get("normalizer"))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 
 import pytest
 import tiktoken
@@ -36,7 +37,11 @@ def results(quick_start, tmp_path_factory):
     (here / "full").mkdir()
     (here / "full" / "letter.txt").write_text("mine")
     (here / "made").mkdir()
+    lacking = shutil.copytree(run, tmp_path_factory.mktemp("run") / "no sources")
+    meta = read_json(lacking / "meta.json")
+    (lacking / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if key != "sources"}))
     cases = {
+        "no sources": [lacking, here / "x"],
         "newest": [run, here / "newest"], "step 40": [run, here / "made", "--step=40"],
         "nothing": [], "no target": [run], "no run": [here / "none", here / "x"], "no checkpoint": [here / "full", here / "x"],
         "full": [run, here / "full"], "no step": [run, here / "x", "--step=3"], "unwritable": [run, here / "full" / "letter.txt" / "x"],
@@ -166,6 +171,7 @@ MISTAKES = {
     "full": ["full exists already"],
     "no step": ["no checkpoint of step 3", "40, 80, 120, 160"],
     "unwritable": ["cannot write"],
+    "no sources": ["meta.json", "lacks", "'sources'"],
 }
 
 

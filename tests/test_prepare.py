@@ -681,6 +681,18 @@ def test_changed_tokenizer_is_refused(jsonl, tmp_path, capfd):
     assert "is not the file that its meta.json describes" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("change", [
+    {"sha256": []}, {"special_tokens": []}, {"special_tokens": {"<|endoftext|>": -1, "<|mask|>": 1}}, {"pattern": "("}, {"pattern": 5},
+    {"normalizer": "NFX"},
+])  # fmt: skip
+def test_a_tokenizer_that_is_not_well_described_is_refused(jsonl, tmp_path, capfd, change):
+    (tmp_path / "meta.json").write_text(json.dumps(json.loads((jsonl.folder / "meta.json").read_text()) | change))
+    (tmp_path / "tokenizer.tiktoken").write_bytes(jsonl.contents()["tokenizer.tiktoken"])
+    with pytest.raises(SystemExit):
+        build("corpus", f"--source={jsonl.folder.parent / 'texts.jsonl'}", f"--tokenizer={tmp_path}", f"--data_dir={tmp_path}")
+    assert "does not describe a tokenizer" in capfd.readouterr().err
+
+
 def test_help(capfd):
     with pytest.raises(SystemExit) as stop:
         build("--help")

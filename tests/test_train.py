@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from conftest import ROOT, run_many, run_script
 
 from model import Llama, ModelConfig
-from runs import load_model
+from runs import load_checkpoint, load_model, read_log
 
 STEPS, B, T, LR, WARMUP, CLIP = 160, 8, 32, 3e-3, 20, 0.7  # of the quick start as conftest.py shrinks it; lr is that of config/train_11m.py
 TIMES = {"seconds", "tokens_per_second"}
@@ -295,7 +296,7 @@ def results(quick_start, data_dir, tmp_path_factory):
     case("accumulated", micro_batch_size=2, max_steps=STEPS)
     case("cosine", schedule="cosine", max_steps=30, dtype="bfloat16")
     case("no warm-up", schedule="constant", warmup_steps=0, max_steps=4, seed=1)
-    copy("raised")
+    (copy("raised") / "log.jsonl.1.tmp").mkdir()  # no leftover of ours, and no reason to die
     case("raised", resume=True, max_steps=STEPS + 10, expected="loss 1.23 on corpus 0123456789ab")
     # Settings
     for name, value in {
@@ -329,7 +330,10 @@ def results(quick_start, data_dir, tmp_path_factory):
     (damaged("json") / "meta.json").write_text('{"format": 1, ')
     (damaged("lacking") / "meta.json").write_text('{"format": 1}')
     (damaged("gone") / "val.bin").unlink()
-    for name in ("short", "flipped", "json", "lacking", "gone"):
+    meta = json.loads((damaged("ranges") / "meta.json").read_text())
+    two = [{"name": "a", "val_range": [0, 1000.5]}, {"name": "b", "val_range": [0, 900]}]
+    (here / "data_ranges/docstrings/meta.json").write_text(json.dumps(meta | {"sources": two}))
+    for name in ("short", "flipped", "json", "lacking", "gone", "ranges"):
         case(f"corpus {name}", data_dir=here / f"data_{name}")
     # Checkpoints
     for name in ("cut", "mischief", "stripped", "poisoned"):
@@ -448,6 +452,7 @@ MISTAKES = {  # name: what the one line says
     "corpus json": ["meta.json", "not valid JSON"],
     "corpus lacking": ["meta.json", "lacks", "data/prepare.py"],
     "corpus gone": ["val.bin", "data/prepare.py"],
+    "corpus ranges": ["meta.json", "do not fit each other"],
     "cut": ["ckpt_000160.pt", "delete it"],
     "mischief": ["ckpt_000160.pt", "delete it"],
     "stripped": ["ckpt_000080.pt", "optimizer"],
@@ -500,3 +505,32 @@ def test_compiled_blocks_train_alike(quick_start, tmp_path):
     run_script("train.py", *settings(quick_start.words, out_dir=tmp_path / "run", compile=True))
     pairs = zip(log_of(tmp_path / "run", "lm")[:40], log_of(quick_start.folder, "lm"), strict=False)
     assert all(compiled["lm_loss"] == pytest.approx(plain["lm_loss"], rel=1e-4) for compiled, plain in pairs)
+
+
+@pytest.mark.parametrize("change", [
+    lambda line: line.update(wal_loss=line.pop("val_loss")), lambda line: line.pop("val_bits_per_byte"), lambda line: line.update(val_loss="2"),
+    lambda line: line.update(val_loss=None), lambda line: line.update(heldout_query_acc=0.5), lambda line: line.update(kind=["eval"]),
+])  # fmt: skip
+def test_a_line_of_the_log_that_lacks_a_number_is_damaged(quick_start, tmp_path, capsys, change):
+    """A flipped bit in a name leaves valid JSON: who reads the log must not die of the name that is gone."""
+    lines = log_of(quick_start.folder)
+    assert read_log(quick_start.folder) == lines
+    change(lines[-1])
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit):
+        read_log(tmp_path)
+    assert f"log.jsonl, line {len(lines)} is damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(quick_start, tmp_path, monkeypatch):
+    """A run at work takes the optimizer out of an older checkpoint while an evaluation reads it: it sees the old file or the new, no mixture."""
+    path = Path(shutil.copytree(quick_start.folder, tmp_path / "run")) / "ckpt_000160.pt"
+    testzip, whole = zipfile.ZipFile.testzip, load_checkpoint(path)
+
+    def replaced_meanwhile(archive):
+        torch.save(whole | {"model": {}, "head": {}}, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+        return testzip(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", replaced_meanwhile)
+    assert load_checkpoint(path)["model"].keys() == whole["model"].keys()
