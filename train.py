@@ -610,8 +610,10 @@ def save(step):
     write_atomic(os.path.join(config.out_dir, f"spectra_{step:06d}.npz"), lambda file: np.savez(file, **measured))
     write_atomic(os.path.join(config.out_dir, f"ckpt_{step:06d}.pt"), lambda file: torch.save(state, file))
     for path in list(checkpoints(config.out_dir).values())[-3:-2]:
+        older = {}
         with contextlib.suppress(SystemExit):  # one that was damaged since: it is said, and no reason to end a run
             older = load_checkpoint(path) | {"optimizer": {}, "scaler": {}}
+        if older:
             write_atomic(path, lambda file, older=older: torch.save(older, file))
 
 
