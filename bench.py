@@ -30,7 +30,7 @@ import maml
 import smlmt
 import spectra
 from model import Llama, ModelConfig
-from runs import fail, keep_freed_memory, load_corpus, write_atomic
+from runs import fail, keep_freed_memory, load_checkpoint, load_corpus, write_atomic
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,6 +70,13 @@ def seconds(function):
     function()
     finish()
     return time.perf_counter() - start
+
+
+def run(*words):
+    """What `python words...` prints, or the last thing that it says if it fails; a process that is killed says nothing."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    said = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}, perhaps for lack of memory"])[-1]
+    return fail(f"{' '.join(words)}: {said.removeprefix('error: ')}", code=1) if done.returncode else done.stdout
 
 
 def compare(title, ways, rounds, work=None, unit="", extra=None):
@@ -115,7 +122,9 @@ def machine():
         name = next(line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-    print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
+    name += f", {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    print(name)
+    found.append({"machine": name})
     torch.set_float32_matmul_precision("high")
     for dtype in (torch.float32, torch.bfloat16):
         a, b, c = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
@@ -176,9 +185,7 @@ LM_WAYS["ours with plain cross-entropy, compiled bfloat16"] = ("plain", True, to
 
 def peak_memory(name, way):
     """GiB that a process of its own takes, at most, to make three steps."""
-    command = [sys.executable, os.path.abspath(__file__), "peak", name, way]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else fail(f"{way}: {done.stderr.strip().splitlines()[-1]}", code=1)
+    return float(run(os.path.abspath(__file__), "peak", name, way))
 
 
 def bench_lm(config, peak):
@@ -229,11 +236,13 @@ def meta_ways(shape, n_episodes, n_way, k, q, sampler):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def ours(first_order=True):
         batch = episodes()
-        update(maml.episode_loss(head, features(batch, "support", grad=not first_order), batch["support_labels"], features(batch, "query", grad=True),
-                                 batch["query_labels"], lr=1.0, steps=10, first_order=first_order)[0])  # fmt: skip
+        return update(maml.episode_loss(head, features(batch, "support", grad=not first_order), batch["support_labels"],
+                                        features(batch, "query", grad=True), batch["query_labels"], lr=1.0, steps=10,
+                                        first_order=first_order)[0])  # fmt: skip
 
     def backbone_again():
         """The straightforward way: episode by episode, the frozen backbone runs on the support in every inner step."""
@@ -247,7 +256,7 @@ def meta_ways(shape, n_episodes, n_way, k, q, sampler):
                 adapted = {key: p - g for (key, p), g in zip(adapted.items(), gradient, strict=True)}
             query = maml.scaled(features(batch, "query", slice(e, e + 1), grad=True)[0])
             losses.append(F.cross_entropy(maml.head_logits(adapted, query), batch["query_labels"][e]))
-        update(torch.stack(losses).mean())
+        return update(torch.stack(losses).mean())
 
     def with_higher():
         """The same head driven by the library `higher`, on features that are computed once."""
@@ -255,13 +264,14 @@ def meta_ways(shape, n_episodes, n_way, k, q, sampler):
 
         batch, losses = episodes(), []
         linear = torch.nn.Linear(shape.d_model, n_way, device=device)
+        linear.load_state_dict({key.removeprefix("0."): p for key, p in head.items()})
         both = [maml.scaled(features(batch, part, grad=part == "query")) for part, _ in parts]  # (E, M, C) each
         for e, (support, query) in enumerate(zip(*both, strict=True)):
             with higher.innerloop_ctx(linear, torch.optim.SGD(linear.parameters(), lr=1.0), track_higher_grads=False) as (adapted, inner):
                 for _ in range(10):
                     inner.step(F.cross_entropy(adapted(support), batch["support_labels"][e]))
                 losses.append(F.cross_entropy(adapted(query), batch["query_labels"][e]))
-        update(torch.stack(losses).mean())
+        return update(torch.stack(losses).mean())
 
     fixed = [torch.randn(n_episodes, n_way * shots, shape.d_model, device=device) for _, shots in parts]
     labels = [torch.arange(n_way, device=device).repeat_interleave(shots).expand(n_episodes, -1) for _, shots in parts]
@@ -312,8 +322,7 @@ def bench_data(config, peak):
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         script = os.path.join(HERE, "data", "prepare.py")
         for way, words in (("its own vocabulary of 4,096", ()), ("a given vocabulary", (f"--tokenizer={config.data_dir}/docstrings",))):
-            command = [sys.executable, script, "text", f"--source={folder}/text.jsonl", f"--data_dir={folder}/data", *words]
-            took = seconds(functools.partial(subprocess.run, command, check=True, capture_output=True))
+            took = seconds(functools.partial(run, script, "text", f"--source={folder}/text.jsonl", f"--data_dir={folder}/data", *words))
             note(f"data/prepare.py of the same text, {way}, start included", size / took, "MB/s", f" ({took:.1f} s)")
 
 
@@ -348,11 +357,14 @@ def bench_spectra(config, peak):
     batch = [part.to(device) for part in spectra.probe(np.random.default_rng(0).integers(4096, size=100_000), 128)]
     compare("looking inside a quick-start model", {"at an evaluation": lambda: spectra.measure(model, batch[0]),
                                                    "at a checkpoint": lambda: spectra.measure(model, *batch)}, config.rounds)  # fmt: skip
-    checkpoint = {"model": model.state_dict(), "optimizer": {key: torch.zeros_like(p) for part in "ab" for key, p in model.state_dict().items()}}
+    checkpoint = {"step": 0, "progress": {}, "config": {}, "head": {}, "model": model.state_dict(),
+                  "optimizer": {key: torch.zeros_like(p) for part in "ab" for key, p in model.state_dict().items()}}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "ckpt.pt")
         compare("a quick-start checkpoint", {"save": lambda: write_atomic(path, lambda file: torch.save(checkpoint, file)),
-                                             "load": lambda: torch.load(path, weights_only=True)}, config.rounds)  # fmt: skip
+                                             "load": lambda: load_checkpoint(path),
+                                             "load by torch alone, no checksums": lambda: torch.load(path, weights_only=True)},
+                config.rounds)  # fmt: skip
     idx, peer = torch.zeros(1, 1, dtype=torch.int64, device=device), hugging_face(replace(SHAPES["quick start"][0], block_size=512))
     options = {"max_new_tokens": 127, "min_new_tokens": 127, "do_sample": True, "use_cache": True, "pad_token_id": 0}
     compare("sampling 127 tokens, one text, float32", {"ours": lambda: model.generate(idx, 127),
@@ -362,17 +374,19 @@ def bench_spectra(config, peak):
 def bench_startup(config, peak):
     """From the command to the first step, with and without what torch.compile keeps from earlier runs; then a whole default run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, os.path.join(HERE, "train.py"), "config/train_11m.py", f"--data_dir={config.data_dir}"]
+        command = [os.path.join(HERE, "train.py"), "config/train_11m.py", f"--data_dir={config.data_dir}"]
         for way in ("nothing compiled yet", "compiled by an earlier run"):
             out, start = f"--out_dir={folder}/{way.replace(' ', '-')}", time.perf_counter()
             environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-            process = subprocess.Popen([*command, out, "--max_steps=3", "--warmup_steps=1"], stdout=subprocess.PIPE, text=True, env=environment)
+            words = [sys.executable, *command, out, "--max_steps=3", "--warmup_steps=1"]
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
             for line in process.stdout:
                 if line.startswith("step      1/"):
                     note(f"from the command to the end of the first step, {way}", time.perf_counter() - start, "s")
-            process.wait()
+            if process.wait():
+                fail("train.py did not come to its third step, for the reason above", code=1)
         out = os.path.join(folder, "run")
-        took = seconds(functools.partial(subprocess.run, [*command, f"--out_dir={out}"], check=True, stdout=subprocess.DEVNULL))
+        took = seconds(functools.partial(run, *command, f"--out_dir={out}"))
         lines = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"), encoding="utf8")]
     note(f"a default run, {lines[-1]['step']:,} steps, start and end included", took, "s")
     deltas = [(line, line["seconds"] - before["seconds"]) for before, line in zip([{"seconds": 0}, *lines], lines, strict=False)]
@@ -396,7 +410,7 @@ BENCHES = {"lm": bench_lm, "meta": bench_meta, "data": bench_data, "ner": bench_
 
 
 def main():
-    if sys.argv[1:2] == ["peak"]:  # a process of its own, see peak_memory
+    if len(sys.argv) == 4 and sys.argv[1] == "peak" and sys.argv[2] in SHAPES and sys.argv[3] in LM_WAYS:  # a process of its own, see peak_memory
         shape, rows, _ = SHAPES[sys.argv[2]]
         step = lm_step(LM_WAYS[sys.argv[3]][0], shape, rows, *LM_WAYS[sys.argv[3]][1:])
         for _ in range(3):
@@ -412,6 +426,9 @@ def main():
             fail(f"cannot measure {name!r}: there are {', '.join(BENCHES)}")
     if config.rounds < 1:
         fail(f"rounds = {config.rounds}: at least 1")
+    shapes(config)
+    if not os.access(os.path.dirname(os.path.abspath(config.out)), os.W_OK):  # better known before the work
+        fail(f"out = {config.out}: its folder is not there or may not be written to; take another --out")
     if not os.path.exists(os.path.join(config.data_dir, "docstrings", "meta.json")):
         fail(f"no corpus docstrings in {config.data_dir}: make it with python data/prepare.py docstrings")
     try:
