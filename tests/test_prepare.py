@@ -649,7 +649,7 @@ def test_errors_are_one_line(line, tmp_path, monkeypatch, capfd):
         many = b"".join(base64.b64encode(b"%07d" % number) + b" %d\n" % number for number in range(65_535))
         Path("many/tokenizer.tiktoken").write_bytes(many)
         Path("many/meta.json").write_text(json.dumps({"sha256": {"tokenizer.tiktoken": hashlib.sha256(many).hexdigest()},
-                                                      "pattern": prepare.PATTERN, "special_tokens": {"a": 65_535, "b": 65_536}}))
+                                                      "pattern": prepare.PATTERN, "special_tokens": {"<|endoftext|>": 65_535, "<|mask|>": 65_536}}))
     with pytest.raises(SystemExit) as stop:
         build(*line.split(), "--data_dir=data")
     captured = capfd.readouterr()
