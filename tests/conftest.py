@@ -2,10 +2,13 @@
 
 Nothing here needs a network, a GPU or a compiler. Scripts run in processes of their own, on one thread: the models are too small to share.
 """
-import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that pytest may be started from anywhere
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in every process started from here
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-equality is promised on a CPU
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported: no test may ask for more than is here, or wait for what does not answer
 
 # Modules of the standard library with much to say, present in every Python from 3.11 on.
 PACKAGES = (
@@ -26,29 +30,9 @@ TINY = (
     "--eval_interval=40 --eval_steps=4 --ckpt_interval=40 --compile=False --dtype=float32 --grad_clip=0.7 --meta_ratio=0"
 ).split()
 
-MANY = """
-import json, os, runpy, sys, tempfile, traceback
-script, results, own = sys.argv[1], [], [os.dup(1), os.dup(2)]
-sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-for words in json.load(sys.stdin):
-    files = [tempfile.TemporaryFile() for _ in own]
-    for number, file in enumerate(files, 1):
-        os.dup2(file.fileno(), number)  # beneath Python, so that subprocesses of the script write there too
-    sys.argv, code = [script, *words], 0
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush(), sys.stderr.flush()
-    for number, file in enumerate(own, 1):
-        os.dup2(file, number)
-    texts = [file.seek(0) or file.read().decode() for file in files]
-    results.append({"returncode": code, "stdout": texts[0], "stderr": texts[1]})
-json.dump(results, sys.stdout)
-"""
+# Where run_many's processes are forked from: importing torch, its compiler and pyplot takes longer than most of the runs.
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot"])
 
 
 def run_script(*words, expect=0, cwd=ROOT):
@@ -60,14 +44,47 @@ def run_script(*words, expect=0, cwd=ROOT):
 
 
 def run_many(script, cases):
-    """Run a script once for each list of words, one after the other in one process, because importing torch takes longer than most of them.
+    """Run a script once for each list of words, one after the other in one process that has torch already.
 
     Returns for each an object with `returncode`, `stdout` and `stderr`, like a finished process. Subprocesses of the script are caught too.
     """
-    done = subprocess.run([sys.executable, "-c", MANY, script], cwd=ROOT, input=json.dumps([list(map(str, words)) for words in cases]),
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [SimpleNamespace(**result) for result in json.loads(done.stdout)]
+    ours, theirs = forks.Pipe(duplex=False)
+    process = forks.Process(target=_run_cases, args=(str(script), [list(map(str, words)) for words in cases], dict(os.environ), theirs))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(300), f"{script}: nothing after 300 s"
+        return [SimpleNamespace(**result) for result in ours.recv()]
+    finally:
+        process.kill()
+        process.join()
+
+
+def _run_cases(script, cases, environment, pipe):
+    """What the process of run_many does."""
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    results, own = [], [os.dup(1), os.dup(2)]
+    for words in cases:
+        files = [tempfile.TemporaryFile() for _ in own]
+        for number, file in enumerate(files, 1):
+            os.dup2(file.fileno(), number)  # beneath Python, so that subprocesses of the script write there too
+        sys.argv, code = [script, *words], 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        for number, file in enumerate(own, 1):
+            os.dup2(file, number)
+        texts = [file.seek(0) or file.read().decode() for file in files]
+        results.append({"returncode": code, "stdout": texts[0], "stderr": texts[1]})
+    pipe.send(results)
 
 
 @pytest.fixture(scope="session")

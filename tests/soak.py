@@ -36,8 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # bit-equality is promised on a CPU
 
+import matplotlib.pyplot  # noqa: E402, F401
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401
 from tqdm import tqdm  # noqa: E402
 
 import configurator  # noqa: E402

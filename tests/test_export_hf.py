@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from export_hf import NAMES, card, hf_names, hf_tokenizer
 from runs import load_checkpoint, load_model, read_json
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 PROMPT = "Return the number of"
 # One passage in many scripts: accents composed and not, right to left, no spaces, joined emoji, digits of several kinds, odd spaces, contractions.
 SCRIPTS = [

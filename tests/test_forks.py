@@ -2,15 +2,14 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_many
 
 WORDS = (
     "--d_model=16 --n_layers=2 --n_heads=2 --n_kv_heads=1 --d_ff=24 --block_size=16 --batch_size=4 --max_steps=2 --lr=1e-9 "
-    "--warmup_steps=1 --eval_steps=1 --compile=False --dtype=float32 --meta_ratio=1 --n_way=4 --k_shot=2 --q_query=2 --episode_len=20 --inner_lr=2"
+    "--warmup_steps=1 --eval_steps=1 --compile=False --dtype=float32 --meta_ratio=1 --n_way=24 --k_shot=2 --q_query=2 --episode_len=20 --inner_lr=2"
 ).split()
 
 
@@ -25,19 +24,20 @@ def forked(folder, name):
     return folder
 
 
-def meta_losses(script, out, data_dir, *words):
-    run_script(script, *WORDS, f"--data_dir={data_dir}", f"--out_dir={out}", *words)
-    return [line["meta_loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["kind"] == "meta"]
+def meta_losses(script, here, data_dir, cases):
+    """The losses of the episodes of runs, by name."""
+    words = [[*WORDS, f"--data_dir={data_dir}", f"--out_dir={here / name}", *more] for name, more in cases.items()]
+    for done in run_many(script, words):
+        assert done.returncode == 0 and "no episodes in evaluations" in done.stdout, done  # evaluations would take longer than all else
+    logs = {name: map(json.loads, (here / name / "log.jsonl").read_text().splitlines()) for name in cases}
+    return {name: [line["meta_loss"] for line in log if line["kind"] == "meta"] for name, log in logs.items()}
 
 
 def test_lora(data_dir, tmp_path):
     """At a target_lr of nearly 0 it is the head that adapts, alone; at a larger one the low-rank products do too, but not as whole matrices would."""
-    fork, losses = forked(tmp_path / "fork", "lora") / "train.py", {}
-    for name, script, words in (
-        ("head", ROOT / "train.py", []), ("still", fork, ["--target=attention", "--target_lr=1e-12"]),
-        ("moving", fork, ["--target=attention", "--target_lr=10"]), ("whole", ROOT / "train.py", ["--target=attention", "--target_lr=10"]),
-    ):  # fmt: skip
-        losses[name] = meta_losses(script, tmp_path / name, data_dir, *words)
+    still, moving = ["--target=attention", "--target_lr=1e-12"], ["--target=attention", "--target_lr=10"]
+    losses = meta_losses(ROOT / "train.py", tmp_path, data_dir, {"head": [], "whole": moving})
+    losses |= meta_losses(forked(tmp_path / "fork", "lora") / "train.py", tmp_path, data_dir, {"still": still, "moving": moving})
     assert losses["still"] == pytest.approx(losses["head"], rel=1e-5)
     assert all(abs(a - b) > 1e-4 for other in ("head", "whole") for a, b in zip(losses["moving"], losses[other], strict=True))
 
@@ -45,17 +45,18 @@ def test_lora(data_dir, tmp_path):
 def test_prototypes(tmp_path):
     """One inner step with lr = 1 from zero gives the class means, and the query loss is that of a softmax over squared distances to them."""
     program = """
-import torch, maml
-support, query = torch.load("features.pt", weights_only=True)
+import sys, torch, maml
+support, query = torch.load(sys.argv[1], weights_only=True)
 labels = torch.arange(3).repeat_interleave(4)[None]
 head = maml.init_head(5, 3)
 loss, numbers = maml.episode_loss(head, support, labels, query, labels, lr=1.0, steps=1)
 print(loss.item(), numbers["query_acc"].item())
 """
     fork = forked(tmp_path / "fork", "prototypes")
+    (fork / "program.py").write_text(program)
     support, query = torch.randn(2, 1, 12, 5, generator=torch.Generator().manual_seed(0)).unbind()
     torch.save((support, query), fork / "features.pt")
-    done = subprocess.run([sys.executable, "-c", program], cwd=fork, capture_output=True, text=True, check=True)
+    (done,) = run_many(fork / "program.py", [[fork / "features.pt"]])
     x, means = query[0] / 5**0.5, (support[0] / 5**0.5).view(3, 4, 5).mean(1)
     likelihood = (-5 * (x[:, None] - means).square().sum(-1)).softmax(-1)[range(12), torch.arange(3).repeat_interleave(4)]
     nearest = torch.cdist(x, means).argmin(1) == torch.arange(3).repeat_interleave(4)

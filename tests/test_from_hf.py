@@ -21,7 +21,6 @@ from test_export_hf import SCRIPTS
 from export_hf import LETTERS, NAMES, check_merges, pattern_of
 from runs import load_corpus, load_model, load_tokenizer, read_json
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "vocab_size": 960, "block_size": 40}
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_many
 
 SETTINGS = (  # three processes would get unequal shares of these rows and episodes; two do of the micro-batches
     "--d_model=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --d_ff=64 --block_size=32 --batch_size=10 --micro_batch_size=3 --max_steps=10 --lr=0.001 "
@@ -53,7 +53,8 @@ def alone(data_dir, tmp_path_factory):
     """A run of one process, and the words that make another like it elsewhere."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     words = [*SETTINGS, f"--data_dir={data_dir}"]
-    run_script("train.py", *words, f"--out_dir={folder}")
+    (done,) = run_many("train.py", [[*words, f"--out_dir={folder}"]])
+    assert done.returncode == 0, done.stderr
     return folder, words
 
 
@@ -120,9 +121,9 @@ def test_stopped_together_and_a_death_ends_all(alone, tmp_path, monkeypatch):
 def test_a_mistake_is_told_once(alone, monkeypatch, rank):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = run_script("train.py", *alone[1], "--episodes_per_step=1", expect=2)
+    (done,) = run_many("train.py", [[*alone[1], "--episodes_per_step=1"]])
     told = "error: episodes_per_step = 1, but there are 2 processes to share it: raise episodes_per_step, or start fewer\n"
-    assert done.stderr == ("" if rank else told) and not done.stdout
+    assert done.returncode == 2 and done.stderr == ("" if rank else told) and not done.stdout
 
 
 @pytest.mark.parametrize("words, told", [

@@ -135,7 +135,7 @@ def test_each_source_of_a_corpus_has_its_loss(quick_start, data_dir, tmp_path):
     ranges = {"first": [0, 5000], "tiny": [5000, 5000 + T], "second": [5000 + T, len(val)]}
     sources = [{"name": name, "val_range": val_range} for name, val_range in ranges.items()]
     (tmp_path / "docstrings/meta.json").write_text(json.dumps(meta | {"sources": sources}))
-    done = run_script("train.py", *settings(quick_start.words, data_dir=tmp_path, out_dir=tmp_path / "run", max_steps=1))
+    (done,) = run_many("train.py", [settings(quick_start.words, data_dir=tmp_path, out_dir=tmp_path / "run", max_steps=1)])
     model, _, _ = load_model(str(tmp_path / "run"))
     last = log_of(tmp_path / "run", "eval")[-1]
     assert {key for key in last if key.startswith("val_loss/")} == {"val_loss/first", "val_loss/second"}
@@ -211,7 +211,8 @@ def interrupted(quick_start, tmp_path_factory):
     with open(folder / "log.jsonl", "a") as file:  # a kill may also leave these behind
         file.write('{"step": 159, "kind": "lm", "lm_lo')
     (folder / "ckpt_000999.pt.77.tmp").write_bytes(b"half a checkpoint")
-    ends.append((0, run_script("train.py", *words).stdout))
+    (done,) = run_many("train.py", [words])
+    ends.append((done.returncode, done.stdout))
     return folder, ends
 
 
@@ -247,9 +248,10 @@ def test_numbers_read_a_step_late_are_the_same(quick_start, tmp_path):
     assert text.count("late, unread = int(") == 1
     (tmp_path / "train.py").write_text(text.replace("late, unread = int(", "late, unread = 1, []  # ("))
     words = settings(quick_start.words, out_dir=tmp_path / "run", max_steps=50, ckpt_interval=20)
-    run_script(ROOT / "train.py", *settings(words, out_dir=tmp_path / "straight"))
     stop_after(words, 31, signal.SIGTERM, tmp_path)
-    run_script(tmp_path / "train.py", *words, "--resume=True")
+    for script, more in ((ROOT / "train.py", [f"--out_dir={tmp_path / 'straight'}"]), (tmp_path / "train.py", ["--resume=True"])):
+        (done,) = run_many(script, [words + more])
+        assert done.returncode == 0, done.stderr
     assert without_times(log_of(tmp_path / "run")) == without_times(log_of(tmp_path / "straight"))
     weights, others = (checkpoint(tmp_path / name, 50)["model"] for name in ("run", "straight"))
     assert all(torch.equal(weights[name], others[name]) for name in others)
