@@ -160,6 +160,8 @@ def check(config):
             fail(f"{name} = {getattr(config, name)}, but there are {world} processes to share it: raise {name}, or start fewer")
     if set(config.target_layers.split(",")) - {"", *map(str, range(config.n_layers))}:
         fail(f"target_layers = {config.target_layers}: write the numbers of blocks, 0 to {config.n_layers - 1}, as 0,1,5, or nothing for all")
+    if config.target == "head" and config.target_layers:
+        fail(f"target_layers = {config.target_layers} chooses among blocks, but target = head adapts none: set target, or leave target_layers out")
     if config.target != "head" and config.inner_steps == 0:
         fail(f"target = {config.target} does not adapt with inner_steps = 0: raise inner_steps, or take --target=head")
     if not 0 <= config.meta_ratio <= 1:
@@ -339,6 +341,10 @@ for split, tokens in (("training", corpus.train), ("validation", corpus.val)):
         fail(f"block_size = {config.block_size} is longer than the {split} split of {corpus_dir} ({len(tokens)} tokens): lower it, or take more text")
 say(f"data    {config.dataset} {corpus.meta['corpus_hash']}: {len(corpus.train):,} training tokens, {len(corpus.val):,} for validation, "
       f"vocabulary {corpus.vocab_size:,}")
+parts = {source["name"]: source["val_range"] for source in corpus.meta["sources"]}  # of the validation text
+parts = parts if len(parts) > 1 else {}
+if short := [name for name, (first, last) in parts.items() if last - first <= config.block_size]:
+    say(f"data    too little validation text for a loss of their own: {', '.join(short)}")
 
 LM_ROWS, COIN, EPISODES, POOL, SHUFFLE = range(5)  # streams of randomness: drawing from one never moves another
 
@@ -570,11 +576,7 @@ def loss_on(first, last):
 @torch.no_grad()
 def evaluate(n_episodes):
     """Loss on the validation text and on each source of it, and query accuracy on n_episodes of its words, seen and held out, from a fresh head."""
-    loss, of_source = loss_on(0, len(corpus.val)), {}
-    for source in corpus.meta["sources"] if len(corpus.meta["sources"]) > 1 else ():
-        first, last = source["val_range"]
-        if last - first > config.block_size:
-            of_source[f"val_loss/{source['name']}"] = loss_on(first, last)
+    loss, of_source = loss_on(0, len(corpus.val)), {f"val_loss/{name}": loss_on(*part) for name, part in parts.items() if name not in short}
     numbers = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * corpus.val_tokens_per_byte, **of_source}
     if val_sampler is None:
         return numbers

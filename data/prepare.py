@@ -315,7 +315,7 @@ def gpt2_tokenizer():
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:    # whatever the network, a proxy or a full disk makes of it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" (Caused by ")[0]
         fail("--tokenizer=gpt2 is downloaded by tiktoken on its first use, which did not work; go online, set TIKTOKEN_CACHE_DIR to a folder that "
              f"has it, or train a vocabulary with --vocab_size=N ({reason})")
     end = gpt2.eot_token
@@ -411,7 +411,7 @@ def write_tokens(folder, sources, tokenizer, args, save):
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         train = open_at("train.bin", total("tokens"))
         val = [open_at(f"val.{number}.bin", source.done["val"]["tokens"]) for number, source in enumerate(sources)]
-        progress = stack.enter_context(tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None, total=args.max_tokens,
+        progress = stack.enter_context(tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None,
                                             initial=total("tokens") + total("tokens", "val")))
         live = {number: encoded(source, lambda texts: pool.map(encode, texts)) for number, source in enumerate(sources)}
         while live and total("tokens") < (args.max_tokens or np.inf):
@@ -430,7 +430,9 @@ def write_tokens(folder, sources, tokenizer, args, save):
             ids.tofile(file)
             for field, count in {"documents": 1, "tokens": len(ids), "bytes": len(text.encode())}.items():
                 source.done[split][field] += count
-            if not args.max_tokens and None not in sizes:
+            if args.max_tokens:
+                progress.total = args.max_tokens + total("tokens", "val")    # validation tokens come on top
+            elif None not in sizes:
                 bytes_done = total("bytes") + total("bytes", "val")
                 progress.total = int(sum(sizes) / bytes_done * (progress.n + len(ids)))
             progress.update(len(ids))

@@ -1,6 +1,6 @@
 """Faults on purpose: what a run, a corpus or an evaluation makes of kills, full disks, flipped bits, nonsense and malice.
 
-    python tests/soak.py                          # a little of each, in a minute
+    python tests/soak.py                          # a little of each, in half a minute
     python tests/soak.py --long                   # 100 kills, 1,000 flipped bits in each file, 2,000 configurations: an hour
     python tests/soak.py --only=kill,bits --seed=7
 

@@ -376,6 +376,7 @@ def test_gpt2_offline(tmp_path):
     done = subprocess.run(args, capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: --tokenizer=gpt2 is downloaded by tiktoken .*; go online, .* or train a vocabulary .*\n", done.stderr)
+    assert "openaipublic" in done.stderr and len(done.stderr) < 400
 
 
 # ----------------------------------------------------------------------------------------------------------------------

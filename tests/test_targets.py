@@ -29,6 +29,7 @@ MISTAKES = {
     "unknown": ({"target": "embeddings"}, ["target = 'embeddings'", "attention+mlp"]),
     "no such block": ({"target": "mlp", "target_layers": "2"}, ["target_layers = 2", "0 to 1"]),
     "not a block": ({"target": "mlp", "target_layers": "last"}, ["target_layers = last"]),
+    "blocks for the head": ({"target_layers": "0"}, ["target_layers = 0", "target = head"]),
     "nothing adapts": ({"target": "mlp", "inner_steps": 0}, ["target = mlp", "inner_steps"]),
     "no lr": ({"target_lr": 0}, ["target_lr = 0.0"]),
 }

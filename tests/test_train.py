@@ -139,7 +139,7 @@ def test_each_source_of_a_corpus_has_its_loss(quick_start, data_dir, tmp_path):
     model, _, _ = load_model(str(tmp_path / "run"))
     last = log_of(tmp_path / "run", "eval")[-1]
     assert {key for key in last if key.startswith("val_loss/")} == {"val_loss/first", "val_loss/second"}
-    assert f"  second {last['val_loss/second']:.4f}" in done.stdout
+    assert f"  second {last['val_loss/second']:.4f}" in done.stdout and "for a loss of their own: tiny\n" in done.stdout
     for name in ("first", "second"):
         begin, end = ranges[name]
         starts = [begin + int(i * (end - begin - T - 1) / (4 * B - 1)) for i in range(4 * B)]
