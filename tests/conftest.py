@@ -103,4 +103,6 @@ def quick_start(data_dir, tmp_path_factory):
     """The command of the README's quick start, shrunk: its run folder, its output and its settings, to be read and copied but not changed."""
     folder = tmp_path_factory.mktemp("out") / "tiny"
     words = ["config/train_11m.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={folder}"]
-    return SimpleNamespace(folder=folder, words=words, output=run_script("train.py", *words).stdout)
+    (done,) = run_many("train.py", [words])
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(folder=folder, words=words, output=done.stdout)
