@@ -646,7 +646,8 @@ def start_wandb():
         return wandb.init(project=config.wandb_project, id=run_id, resume="allow", dir=config.out_dir, config=dataclasses.asdict(config) | made,
                           settings=wandb.Settings(init_timeout=30, silent=True))  # fmt: skip
     except wandb.Error as error:
-        fail(f"wandb = True, but {' '.join(str(error).split())}; WANDB_MODE=offline keeps the records in {config.out_dir}/wandb for later")
+        reason = " ".join(str(error).split()).rstrip(".")
+        fail(f"wandb = True, but {reason}; WANDB_MODE=offline keeps the records in {config.out_dir}/wandb for later")
 
 
 # What a resumed run may do otherwise; a change of anything else would make it another run under the same name.
@@ -857,8 +858,8 @@ say(f"result  val_loss {numbers['val_loss']:.4f}, {numbers['val_bits_per_byte']:
 if "heldout_query_acc" in numbers:
     say(f"result  held-out words: query accuracy {numbers['heldout_query_acc']:.3f} ± {numbers['heldout_query_acc_se']:.3f} after adaptation, "
           f"{numbers['heldout_query_acc_before']:.3f} before, chance {1 / config.n_way:.3f}")
-if config.expected:
-    corpus_hash = corpus.meta["corpus_hash"]
+corpus_hash = corpus.meta["corpus_hash"]
+if config.expected and (config.dataset == Config.dataset or corpus_hash in config.expected):  # of another text it says nothing
     other = "" if corpus_hash in config.expected else f"; this corpus is {corpus_hash} (other package versions), so expect a slightly other number"
     say(f"expect  {config.expected}{other}")
 curves = plot()

@@ -430,11 +430,12 @@ def write_tokens(folder, sources, tokenizer, args, save):
             ids.tofile(file)
             for field, count in {"documents": 1, "tokens": len(ids), "bytes": len(text.encode())}.items():
                 source.done[split][field] += count
+            now, ends = progress.n + len(ids), []
             if args.max_tokens:
-                progress.total = args.max_tokens + total("tokens", "val")    # validation tokens come on top
-            elif None not in sizes:
-                bytes_done = total("bytes") + total("bytes", "val")
-                progress.total = int(sum(sizes) / bytes_done * (progress.n + len(ids)))
+                ends.append(args.max_tokens + total("tokens", "val"))    # validation tokens come on top
+            if None not in sizes:
+                ends.append(int(sum(sizes) / (total("bytes") + total("bytes", "val")) * now))
+            progress.total = max(now, min(ends)) if ends else None
             progress.update(len(ids))
             if time.time() >= saved + SAVE:
                 for file in (train, *val):

@@ -55,6 +55,9 @@ def run_many(script, cases):
     try:
         assert ours.poll(300), f"{script}: nothing after 300 s"
         return [SimpleNamespace(**result) for result in ours.recv()]
+    except EOFError:
+        process.join(10)
+        raise AssertionError(f"{script}: its process ended with exit code {process.exitcode} in one of the cases") from None
     finally:
         process.kill()
         process.join()

@@ -46,7 +46,8 @@ def runs(data_dir, tmp_path_factory):
 
     done = run(CASES)  # the wandb run comes last: what is imported stays so
     shutil.copytree(here / "half", here / "gone on")
-    return here, done | run({"gone on": (1, ["--dtype=float16", "--resume=True"])})
+    shutil.copytree(here / "half", here / "in float32")
+    return here, done | run({"gone on": (1, ["--dtype=float16", "--resume=True"]), "in float32": (1, ["--dtype=float32", "--resume=True"])})
 
 
 def log_of(folder):
@@ -74,6 +75,16 @@ def test_scaler_is_in_the_checkpoint_and_resumed(runs):
     assert torch.load(here / "float32/ckpt_000008.pt", weights_only=True)["scaler"] == {}
     assert all(torch.equal(p, again["model"][name]) for name, p in whole["model"].items())
     assert losses(here / "float16").items() <= losses(here / "gone on").items()
+
+
+def test_a_run_may_change_its_dtype(runs):
+    here, done = runs
+    assert done["in float32"].returncode == 0, done["in float32"].stderr
+    expected, found = losses(here / "float16"), losses(here / "in float32")
+    same = {key for key in expected if found[key] == expected[key]}
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=2e-3)
+    assert {step for step, _ in same} <= {0, 1, 2, 3, 4} and len(same) < len(expected)
+    assert torch.load(here / "in float32/ckpt_000008.pt", weights_only=True)["scaler"] == {}
 
 
 def test_overflow_skips_the_step_and_halves_the_scale(runs):

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import os
@@ -341,6 +342,33 @@ def test_weights(dataset, jsonl, texts, tmp_path, capfd):
     assert short.tokens["train"][:2000].tolist() == mixed.tokens["train"][:2000].tolist()
     assert short.end not in short.tokens["train"][1999:-1]    # ends with the document that reaches it
     assert (short.meta["max_tokens"], [source["weight"] for source in short.meta["sources"]]) == (2000, [5, 2, 1])
+
+
+def test_bar_with_max_tokens_ends_where_the_corpus_does(jsonl, tmp_path, monkeypatch):
+    """The bound is one of training tokens; validation tokens come on top, and the last document may go beyond. Text that is shorter ends before."""
+    bars = []
+
+    class Bar(prepare.tqdm):
+        def __init__(self, **settings):
+            super().__init__(**settings | {"disable": False, "file": io.StringIO()})
+            self.early = None
+            bars.append(self)
+
+        def update(self, n):
+            super().update(n)
+            if self.n > 1500:
+                self.early = self.early or self.total
+
+    monkeypatch.setattr(prepare, "tqdm", Bar)
+    for bound in (3000, 10**9):
+        build(f"to{bound}", f"--source={jsonl.folder.parent / 'texts.jsonl'}", f"--tokenizer={jsonl.folder}", f"--data_dir={tmp_path}",
+              f"--max_tokens={bound}", "--val_fraction=0.3")  # fmt: skip
+        made = Corpus(tmp_path / f"to{bound}").tokens
+        assert bars[-1].n == len(made["train"]) + len(made["val"]) and len(made["val"]) > 0
+        if bound == 3000:
+            assert 3000 < bars[-1].early < 3000 + len(made["val"]) and bars[-1].total == bars[-1].n
+        else:  # by the size of the file, which has more in it than the text
+            assert 0.5 < bars[-1].early / bars[-1].n < 2 and 1 <= bars[-1].total / bars[-1].n < 1.3
 
 
 def test_validation_tokens_are_bounded(jsonl, texts, tmp_path, capfd):

@@ -22,6 +22,7 @@ ALL_OF = {  # kind -> its settings, and which parameters of two blocks must adap
     "mlp, second order": ({"target": "mlp", "second_order": True, "target_layers": "0"}, r"blocks\.0\.mlp\.(gate|up|down)"),
     "norms, second order": ({"target": "norms", "second_order": True}, r"(blocks\.[01]\..*_)?norm"),
     "all, second order": ({"target": "all", "second_order": True, "episodes_per_step": 2, "micro_episodes": 1}, r"blocks\.|norm"),
+    "all, float16": ({"target": "all", "dtype": "float16"}, r"blocks\.|norm"),
     "all, bfloat16": ({"target": "all", "dtype": "bfloat16"}, r"blocks\.|norm"),
     "all, bfloat16, second order": ({"target": "all", "dtype": "bfloat16", "second_order": True}, r"blocks\.|norm"),
 }

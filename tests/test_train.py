@@ -128,19 +128,23 @@ def test_validation_loss_is_that_of_the_saved_model_on_evenly_spaced_rows(quick_
     assert state["step"] == STEPS
 
 
-def test_each_source_of_a_corpus_has_its_loss(quick_start, data_dir, tmp_path):
+@pytest.mark.parametrize("borders", [{"first": 5000, "tiny": 5000 + T, "second": None}, {"first": T, "second": None}])
+def test_each_source_of_a_corpus_has_its_loss(quick_start, data_dir, tmp_path, borders):
     """On rows spread over its own tokens of the validation text; a source that is shorter than a row has none."""
     shutil.copytree(data_dir / "docstrings", tmp_path / "docstrings")
     _, val, meta = corpus_of(tmp_path)
-    ranges = {"first": [0, 5000], "tiny": [5000, 5000 + T], "second": [5000 + T, len(val)]}
+    ends = [end or len(val) for end in borders.values()]
+    ranges = dict(zip(borders, zip([0, *ends], ends, strict=False), strict=True))
+    short = [name for name, (begin, end) in ranges.items() if end - begin <= T]
     sources = [{"name": name, "val_range": val_range} for name, val_range in ranges.items()]
     (tmp_path / "docstrings/meta.json").write_text(json.dumps(meta | {"sources": sources}))
     (done,) = run_many("train.py", [settings(quick_start.words, data_dir=tmp_path, out_dir=tmp_path / "run", max_steps=1)])
     model, _, _ = load_model(str(tmp_path / "run"))
     last = log_of(tmp_path / "run", "eval")[-1]
-    assert {key for key in last if key.startswith("val_loss/")} == {"val_loss/first", "val_loss/second"}
-    assert f"  second {last['val_loss/second']:.4f}" in done.stdout and "for a loss of their own: tiny\n" in done.stdout
-    for name in ("first", "second"):
+    assert len(short) == 1 and f"for a loss of their own: {short[0]}\n" in done.stdout
+    assert {key for key in last if key.startswith("val_loss/")} == {f"val_loss/{name}" for name in ranges if name not in short}
+    assert f"  second {last['val_loss/second']:.4f}" in done.stdout
+    for name in ranges.keys() - short:
         begin, end = ranges[name]
         starts = [begin + int(i * (end - begin - T - 1) / (4 * B - 1)) for i in range(4 * B)]
         batch = torch.from_numpy(np.stack([val[start : start + T + 1] for start in starts]))
@@ -211,8 +215,7 @@ def interrupted(quick_start, tmp_path_factory):
     with open(folder / "log.jsonl", "a") as file:  # a kill may also leave these behind
         file.write('{"step": 159, "kind": "lm", "lm_lo')
     (folder / "ckpt_000999.pt.77.tmp").write_bytes(b"half a checkpoint")
-    (done,) = run_many("train.py", [words])
-    ends.append((done.returncode, done.stdout))
+    ends.append((0, run_script("train.py", *words).stdout))  # to the end of a process of its own, and with its exit code
     return folder, ends
 
 
