@@ -8,8 +8,12 @@ modelling, too, lets it fall and rise again (arXiv 2509.23024), mostly during wa
 
 Letters in shape comments: B rows, T positions, C = d_model, L layers, H query heads, K key/value heads, D = C / H, n singular values.
 """
+import csv
 import functools
+import io
+import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 
@@ -440,16 +444,93 @@ class Config:
     data_dir: str = ""  # where the corpora are; empty takes the run's
 
 
-def main():
-    import csv
-    import io
-    import json
-    import os
+def settings_of(folder):
+    """The settings of a run, from its config.json or else from its newest checkpoint."""
+    from runs import checkpoints, fail, load_checkpoint, read_json, read_log
 
+    path, found = os.path.join(folder, "config.json"), checkpoints(folder)
+    if not (found or any(line["kind"] == "eval" for line in read_log(folder))):
+        fail(f"{folder} holds neither checkpoints nor a log with evaluations; train one with train.py --out_dir={folder}")
+    settings = load_checkpoint(found[max(found)])["config"] if found and not os.path.exists(path) else read_json(path)
+    for key in ("d_model", "n_layers", "block_size", "n_way", "k_shot", "warmup_steps"):
+        if type(settings.get(key)) is not int:
+            fail(f"{path} has {key} = {settings.get(key)}, not a whole number: it is not what train.py writes; copy the run again")
+    return settings
+
+
+def with_spectra(folder, lines, block_size, corpus_dir):
+    """The log with the spectra of the checkpoints in its evaluations; an evaluation is made up where there is none."""
     from tqdm import tqdm
 
+    from runs import checkpoints, fail, load_corpus, load_model, other_corpus, write_atomic
+
+    found = checkpoints(folder)
+    if not found:
+        fail(f"{folder} holds no checkpoint (ckpt_*.pt), and its log no spectra: there is nothing to measure")
+    if why := other_corpus(folder, corpus_dir):
+        fail(why)
+    tokens = load_corpus(corpus_dir).val
+    evals = {line["step"]: {key: value for key, value in line.items() if not key.startswith(("per/", "entropy/"))}
+             for line in lines if line["kind"] == "eval"}  # fmt: skip
+    with_loss = any("val_loss" in line for line in evals.values())
+    for step in tqdm(found, desc=folder, unit=" checkpoints", disable=None):
+        model, _, checkpoint = load_model(folder, step)
+        measured = measure(model, *probe(tokens, block_size),
+                           complain=lambda text, step=step: tqdm.write(f"{folder}, step {step}: {text}; left out", file=sys.stderr))  # fmt: skip
+        write_atomic(os.path.join(folder, f"spectra_{step:06d}.npz"), lambda file, measured=measured: np.savez(file, **measured))
+        if step not in evals:  # of a loss on other rows there would be no curve
+            evals[step] = {"step": step, "kind": "eval", **checkpoint["progress"]} | ({} if with_loss else {"val_loss": float(measured["loss"])})
+        evals[step] |= summary(measured)
+    return [line for line in lines if line["kind"] != "eval"] + [evals[step] for step in sorted(evals)]
+
+
+def with_domains(folder, lines):
+    """The log with what eval_lm.py found at the steps of checkpoints, where it has looked."""
+    from runs import fail, read_json
+
+    path = os.path.join(folder, "eval_lm.json")
+    if not os.path.exists(path):
+        return lines
+    try:
+        found = {int(step): float(groups["all"]["bits_per_byte"]) for step, groups in read_json(path)["steps"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        fail(f"{path} is not what eval_lm.py writes; delete it, or run eval_lm.py {folder} --step=all again")
+    evals = {line["step"]: line for line in lines if line["kind"] == "eval"}
+    for step, value in found.items():
+        evals.setdefault(step, {"step": step, "kind": "eval", **{x: place(lines, step, x) for x in AXES}})["bits_per_byte/all"] = value
+    return [line for line in lines if line["kind"] != "eval"] + [evals[step] for step in sorted(evals)]
+
+
+# In what the runs of an arm may differ.
+INCIDENTAL = ("out_dir data_dir seed device dtype compile resume expected micro_batch_size micro_episodes log_interval "
+              "git argv system versions").split()  # fmt: skip
+
+
+def arms_of(logs, settings):
+    """Runs that differ in nothing but the seed, and in where and how they were computed, are one arm. Both arguments are by folder."""
+    groups, arms = {}, []  # the settings that matter -> folders
+    for folder in logs:
+        matters = {key: value for key, value in settings[folder].items() if key not in INCIDENTAL}
+        groups.setdefault(json.dumps(matters, sort_keys=True), []).append(folder)
+    for group in groups.values():
+        name = os.path.commonprefix(group).rstrip("-_0123456789") if len(group) > 1 else group[0]
+        arms.append(Arm(name.rstrip("/") or group[0], [logs[folder] for folder in group], settings[group[0]]))
+    return arms
+
+
+def table(lines):
+    """The evaluations of a log as the bytes of a CSV file, a column for each number that any of them has."""
+    evals = [line for line in lines if line["kind"] == "eval"]
+    text, columns = io.StringIO(), dict.fromkeys(key for line in evals for key in line if key != "kind")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(evals)
+    return text.getvalue().encode()
+
+
+def main():
     import configurator
-    from runs import checkpoints, fail, load_checkpoint, load_corpus, load_model, other_corpus, read_json, read_log, write_atomic
+    from runs import fail, read_log, write_atomic
 
     config, folders = configurator.load(Config, sys.argv[1:], __doc__)
     if config.x not in AXES:
@@ -458,56 +539,6 @@ def main():
         if not os.path.isdir(folder):
             fail(f"{folder or 'nothing'} is not a run folder: python spectra.py out/<run> ...")
     folders = list(dict.fromkeys(map(os.path.normpath, folders)))  # a run given twice is one seed
-    corpora = {}
-
-    def settings_of(folder):
-        path, found = os.path.join(folder, "config.json"), checkpoints(folder)
-        if not (found or any(line["kind"] == "eval" for line in read_log(folder))):
-            fail(f"{folder} holds neither checkpoints nor a log with evaluations; train one with train.py --out_dir={folder}")
-        settings = load_checkpoint(found[max(found)])["config"] if found and not os.path.exists(path) else read_json(path)
-        for key in ("d_model", "n_layers", "block_size", "n_way", "k_shot", "warmup_steps"):
-            if type(settings.get(key)) is not int:
-                fail(f"{path} has {key} = {settings.get(key)}, not a whole number: it is not what train.py writes; copy the run again")
-        return settings
-
-    def measured_lines(folder, settings, lines):
-        """The log with the spectra of the checkpoints in its evaluations; an evaluation is made up where there is none."""
-        found, corpus_dir = checkpoints(folder), os.path.join(config.data_dir or settings["data_dir"], settings["dataset"])
-        if not found:
-            fail(f"{folder} holds no checkpoint (ckpt_*.pt), and its log no spectra: there is nothing to measure")
-        if why := other_corpus(folder, corpus_dir):
-            fail(why)
-        if corpus_dir not in corpora:
-            corpora[corpus_dir] = load_corpus(corpus_dir)
-        corpus, evals = corpora[corpus_dir], {}
-        for line in lines:
-            if line["kind"] == "eval":
-                evals[line["step"]] = {key: value for key, value in line.items() if not key.startswith(("per/", "entropy/"))}
-        with_loss = any("val_loss" in line for line in evals.values())
-        for step in tqdm(found, desc=folder, unit=" checkpoints", disable=None):
-            model, _, checkpoint = load_model(folder, step)
-            measured = measure(model, *probe(corpus.val, settings["block_size"]),
-                               complain=lambda text, step=step: tqdm.write(f"{folder}, step {step}: {text}; left out", file=sys.stderr))  # fmt: skip
-            write_atomic(os.path.join(folder, f"spectra_{step:06d}.npz"), lambda file, measured=measured: np.savez(file, **measured))
-            if step not in evals:  # of a loss on other rows there would be no curve
-                evals[step] = {"step": step, "kind": "eval", **checkpoint["progress"]} | ({} if with_loss else {"val_loss": float(measured["loss"])})
-            evals[step] |= summary(measured)
-        return [line for line in lines if line["kind"] != "eval"] + [evals[step] for step in sorted(evals)]
-
-    def with_domains(folder, lines):
-        """The log with what eval_lm.py found at the steps of checkpoints, where it has looked."""
-        path = os.path.join(folder, "eval_lm.json")
-        if not os.path.exists(path):
-            return lines
-        try:
-            found = {int(step): float(groups["all"]["bits_per_byte"]) for step, groups in read_json(path)["steps"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            fail(f"{path} is not what eval_lm.py writes; delete it, or run eval_lm.py {folder} --step=all again")
-        known = {line["step"]: line for line in lines if line["kind"] == "eval"}
-        for step, value in found.items():
-            known.setdefault(step, {"step": step, "kind": "eval", **{x: place(lines, step, x) for x in AXES}})["bits_per_byte/all"] = value
-        return [line for line in lines if line["kind"] != "eval"] + [known[step] for step in sorted(known)]
-
     settings, logs = {folder: settings_of(folder) for folder in folders}, {}
     for folder in folders[1:]:
         for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "corpus_hash"):
@@ -515,42 +546,28 @@ def main():
             if one != other and None not in (one, other):
                 fail(f"{folder} has {key} = {other}, but {folders[0]} has {one}: compare runs of one model on one corpus")
     for folder in folders:
-        lines = read_log(folder)
+        lines, made = read_log(folder), settings[folder]
         if config.from_checkpoints or not curve(lines, SIGNAL).size:
-            lines = measured_lines(folder, settings[folder], lines)
+            lines = with_spectra(folder, lines, made["block_size"], os.path.join(config.data_dir or made["data_dir"], made["dataset"]))
         logs[folder] = with_domains(folder, lines)
 
-    incidental = "out_dir data_dir seed device dtype compile resume expected micro_batch_size micro_episodes log_interval git argv system versions"
-    groups = {}  # the settings that matter -> folders
-    for folder in folders:
-        matters = {key: value for key, value in settings[folder].items() if key not in incidental.split()}
-        groups.setdefault(json.dumps(matters, sort_keys=True), []).append(folder)
-    arms = []
-    for group in groups.values():
-        name = os.path.commonprefix(group).rstrip("-_0123456789") if len(group) > 1 else group[0]
-        arms.append(Arm(name.rstrip("/") or group[0], [logs[folder] for folder in group], settings[group[0]]))
+    def write(path, content):
+        write_atomic(path, content)
+        print(f"written {path}")
 
     for folder in folders:
-        evals = [line for line in logs[folder] if line["kind"] == "eval"]
-        text, columns = io.StringIO(), dict.fromkeys(key for line in evals for key in line if key != "kind")
-        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(evals)
-        path = os.path.join(folder, "spectra.csv")
-        write_atomic(path, lambda file, text=text: file.write(text.getvalue().encode()))
-        print(f"written {path}")
+        write(os.path.join(folder, "spectra.csv"), lambda file, lines=logs[folder]: file.write(table(lines)))
         if found := change_point(logs[folder], SIGNAL, settings[folder]["warmup_steps"]):
             print(f"{folder}: {SIGNAL} fell by {found['size']:.1%} at step {found['at']}")
     if len(folders) > 1:
         print(sooner((folders[0], folders[-1]), (logs[folders[0]], logs[folders[-1]])))
+    out, arms = config.out or folders[0], arms_of(logs, settings)
     try:
-        os.makedirs(config.out or folders[0], exist_ok=True)
+        os.makedirs(out, exist_ok=True)
     except OSError as error:
         fail(f"out = {config.out}: cannot make this folder ({error.strerror}); name another with --out")
     for name, drawn in (("phase.png", figure(arms, config.x)), ("heat.png", heat_maps(arms, config.x))):
-        path = os.path.join(config.out or folders[0], name)
-        write_atomic(path, lambda file, drawn=drawn: drawn.savefig(file, dpi=110, format="png"))
-        print(f"written {path}")
+        write(os.path.join(out, name), lambda file, drawn=drawn: drawn.savefig(file, dpi=110, format="png"))
 
 
 if __name__ == "__main__":
