@@ -3,6 +3,7 @@
 A corpus is a folder of four files written by data/prepare.py; a run is a folder `out/<run>/` written by train.py. Both are data: nothing read here is
 ever executed, checkpoints are read with weights_only=True, and sizes and hashes are checked before use.
 """
+import atexit
 import base64
 import contextlib
 import ctypes
@@ -39,8 +40,17 @@ def stopped(kind, error, trace):
     """Ctrl-C ends a script with a word and no traceback. Files are written whole or not at all, so there is nothing to clear away."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
-    else:
+    elif not issubclass(kind, BrokenPipeError):  # then there is nobody to tell
         sys.__excepthook__(kind, error, trace)
+
+
+@atexit.register
+def last_words():
+    """What is printed last, or nowhere if its reader went away (`| head`): without this Python complains of it when all is done."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 sys.excepthook = stopped

@@ -672,6 +672,10 @@ if __name__ == "__main__":
     args = arguments()
     try:
         main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:    # the reader of what is printed went away (`| head`); a corpus that is there stands
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(not (args.data_dir / args.name / "meta.json").exists())
     except OSError as error:    # numpy's, of a full disk, has no number
         full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = ": free space on its disk, or choose another --data_dir" if full else ""

@@ -701,6 +701,16 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {tmp_path / 'file' / 'docstrings'}: Not a directory\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_went_away_is_no_mistake(tmp_path, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    args = command("docstrings", "--packages=json,email,logging", "--vocab_size=400", f"--data_dir={tmp_path}")
+    done = subprocess.run(args, stdout=writer, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, timeout=100)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"") and Corpus(tmp_path / "docstrings").documents("train")
+
+
 def test_changed_tokenizer_is_refused(jsonl, tmp_path, capfd):
     (tmp_path / "meta.json").write_bytes((jsonl.folder / "meta.json").read_bytes())
     (tmp_path / "tokenizer.tiktoken").write_bytes(jsonl.contents()["tokenizer.tiktoken"][:-10])

@@ -1,9 +1,12 @@
 """sample.py as a user runs it, on the run of the quick start."""
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import run_many, run_script
+from conftest import ROOT, run_many, run_script
 
 from runs import load_model
 
@@ -43,6 +46,16 @@ def texts(done):
 def test_the_readmes_command(quick_start, results):
     printed = run_script("sample.py", quick_start.folder, f"--prompt={PROMPT}").stdout
     assert printed == results["plain"].stdout  # and the same in another process
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # it is noticed while printing, or at the very end
+def test_a_reader_that_went_away_is_no_mistake(quick_start, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, ROOT / "sample.py", quick_start.folder]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, timeout=100)
+    os.close(writer)
+    assert done.stderr == b""
 
 
 def test_continuations(results):
