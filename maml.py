@@ -1,102 +1,140 @@
-"""Model-agnostic meta-learning on torch.func: adapt a copy of some parameters to a task, then ask how well the copy does on more of it.
+"""Model-agnostic meta-learning on torch.func: adapt a copy of some parameters to a task, then ask how well
+the copy does on more of it.
 
-Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `adapt` is lines 6 and 7, `episode_loss` the sum in line 10,
-as a mean. First order is their section 5.2. Three departures from the textbook:
+Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `adapt` is lines 6 and 7,
+`episode_loss` the sum in line 10, as a mean. First order is their section 5.2. Three departures:
 
-* As a rule only a small head on top of fixed features adapts (ANIL, https://arxiv.org/abs/1909.09157). The backbone then runs once a step
-  instead of once an inner step, and at first order its support features need no graph: `episode_loss`, all episodes at once. Whatever else
-  adapts goes through `adapted_loss`, one episode at a time, and the backbone runs in each inner step.
-* The last layer of the head starts at zero, so that the loss before adaptation is ln N.
-* Features are divided by sqrt(d). Those of a final RMSNorm then have a length of about 1, and one inner learning rate serves every width.
+* As a rule only a small head on top of fixed features adapts (ANIL, https://arxiv.org/abs/1909.09157). The
+  backbone then runs once a step instead of once an inner step, and at first order its support features need
+  no graph: `episode_loss`, all episodes at once. Whatever else adapts (`inner_target`) goes through
+  `adapted_loss`, one episode at a time, and the backbone runs in each inner step.
+* The last layer of the head is initialised to zero, so that its loss is ln N. Training then moves it;
+  evaluations set it to zero again (`fresh_head`).
+* Features are divided by sqrt(d). Those of a final RMSNorm then have a length of about 1, and one inner
+  learning rate serves every width.
 
-This file knows features, labels and dicts of tensors, and nothing of tokens or transformers. tests/test_maml.py proves it.
+This file knows features, labels and dicts of tensors; nothing of tokens, and of the model only names.
 Letters in shapes: E episodes, N ways, M windows of one episode (N*K of support or N*Q of query), d features.
 """
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.func import grad, vmap
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# the head: {"0.weight": (hidden, d), "0.bias": (hidden,), "1.weight": ...}, the last of them (N, hidden) and (N,)
+# --------------------------------------------------------------------------------------------------
+# The head: {"0.weight": (hidden, d), "0.bias": (hidden,), "1.weight": ...}, the last (N, hidden) and (N,)
 
-
-def init_head(d_model: int, n_way: int, layers: int = 1, hidden: int = 128, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+def init_head(d_model, n_way, layers=1, hidden=128, generator=None):
     """Initial weights of a classifier of `layers` linear layers with ReLU between, float32 on the CPU.
 
-    One layer is a linear classifier. `layers=4, hidden=128` is the head of Africa et al. 2025 (https://arxiv.org/abs/2508.02189): Xavier,
-    except that our last layer is zero. ValueError: less than one layer, or hidden layers without units.
+    One layer is a linear classifier. `layers=4, hidden=128` is the head of Africa et al. 2025
+    (https://arxiv.org/abs/2508.02189): Xavier, except that our last layer is zero.
     """
-    if layers < 1 or hidden < 1:
-        raise ValueError(f"head_layers and head_hidden must be at least 1, not {layers} and {hidden}")
     widths = [d_model] + [hidden] * (layers - 1) + [n_way]
     head = {}
     for i in range(layers):
-        head[f"{i}.weight"], head[f"{i}.bias"] = torch.zeros(widths[i + 1], widths[i]), torch.zeros(widths[i + 1])
-        if i < layers - 1:   # the last layer stays zero
+        head[f"{i}.weight"] = torch.zeros(widths[i + 1], widths[i])
+        head[f"{i}.bias"] = torch.zeros(widths[i + 1])
+        if i < layers - 1:  # the last layer is left at zero
             torch.nn.init.xavier_uniform_(head[f"{i}.weight"], generator=generator)
     return head
 
-
-def last_layer(head: dict[str, Tensor]) -> int:
+def last_layer(head):
     """Index of the last layer, read off the dict: a layer is one weight and one bias."""
     return len(head) // 2 - 1
 
+def fresh_head(head, n_way):
+    """A head as evaluations adapt it: hidden layers as they are, the last one zero, with n_way outputs."""
+    last, fresh = last_layer(head), {name: p.detach() for name, p in head.items()}
+    for name in (f"{last}.weight", f"{last}.bias"):
+        fresh[name] = fresh[name].new_zeros(n_way, *fresh[name].shape[1:])
+    return fresh
 
-def head_logits(params: dict[str, Tensor], features: Tensor) -> Tensor:
+def head_logits(params, features):
     """features (..., d) -> logits (..., N)."""
     last = last_layer(params)
     for i in range(last):
-        features = F.relu(F.linear(features, params[f"{i}.weight"], params[f"{i}.bias"]))   # (..., hidden)
-    return F.linear(features, params[f"{last}.weight"], params[f"{last}.bias"])             # (..., N)
+        features = F.relu(F.linear(features, params[f"{i}.weight"], params[f"{i}.bias"]))  # (..., hidden)
+    return F.linear(features, params[f"{last}.weight"], params[f"{last}.bias"])  # (..., N)
 
+def columns(head, words):
+    """The heads of E episodes, cut from one with an output per vocabulary id: N outputs, a leading E.
 
-def columns(head: dict[str, Tensor], words: Tensor) -> dict[str, Tensor]:
-    """The heads of E episodes, cut from one head with an output per vocabulary id: a leading E on every tensor, N outputs each.
-
-    For the multi-task control, which does not adapt in training (inner_steps=0). There a word needs an output of its own, since a label
-    that is permuted anew in every episode can be learnt only by adapting. With `head = init_head(d_model, vocab_size)` the loss of a step
-    is `episode_loss(columns(head, words), ..., steps=0)`, where words (E, N) are vocabulary ids in label order; gradients reach the columns
-    in use. At evaluation the big head is left aside, and a fresh one of N outputs adapts as for every other run.
+    For the multi-task control, which does not adapt in training (inner_steps=0). There a word needs an output
+    of its own, since labels that are permuted anew in every episode can be learnt only by adapting. With
+    `head = init_head(d_model, vocab_size)` the loss of a step is `episode_loss(columns(head, words), ...,
+    steps=0)`, where words (E, N) are vocabulary ids in label order. Gradients reach the columns in use.
     """
-    return {name: p[words] if name.startswith(f"{last_layer(head)}.") else p.expand(len(words), *p.shape) for name, p in head.items()}
+    last = f"{last_layer(head)}."
+    return {name: p[words] if name.startswith(last) else p.expand(len(words), *p.shape)
+            for name, p in head.items()}
 
+# --------------------------------------------------------------------------------------------------
+# What adapts besides the head
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# the inner loop
+TARGETS = {  # target -> beginnings of the names of its parameters within a block
+    "head": [],
+    "attention": ["attention."],
+    "mlp": ["mlp."],
+    "attention+mlp": ["attention.", "mlp."],
+    "norms": ["attention_norm.", "mlp_norm."],
+    "all": [""],
+}
 
+class Reader(torch.nn.Module):
+    """A model with `features_at` for its forward, since functional_call calls no other method."""
 
-def adapt(loss_fn, params: dict[str, Tensor], batch, lr, steps: int, first_order: bool = True) -> dict[str, Tensor]:
-    """New parameters, `steps` of gradient descent on the scalar loss_fn(params, batch) away from `params`, which stay as they are.
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
-    lr: a number, or a dict with one for each name. Differentiable in `params`, and at second order in everything else that the loss depends
-    on. First order takes every inner gradient for a constant: then d adapted / d params = 1, and the outer gradient at the adapted
-    parameters is also that of the initial ones.
+    def forward(self, *inputs):
+        return self.model.features_at(*inputs)
+
+def inner_target(model, target, layers=""):
+    """A Reader of the model, and those of its parameters that adapt, by name: none for target="head".
+
+    layers: numbers of blocks, as "0,1,5". Empty is all; then `norms` and `all` have the final norm too.
+    """
+    blocks = [number for number in layers.split(",") if number] or range(len(model.blocks))
+    names = [f"model.blocks.{i}.{beginning}" for i in blocks for beginning in TARGETS[target]]
+    if target in ("norms", "all") and not layers:
+        names.append("model.norm.")
+    reader = Reader(model)
+    return reader, {name: p for name, p in reader.named_parameters() if name.startswith(tuple(names))}
+
+# --------------------------------------------------------------------------------------------------
+# The inner loop
+
+def adapt(loss_fn, params, batch, lr, steps, first_order=True):
+    """New parameters: `steps` of gradient descent on the scalar loss_fn(params, batch), from `params` on.
+
+    params: a dict of tensors, which stay as they are. lr: a number, or a dict with one for each name.
+    Differentiable in `params`, and at second order in everything else that the loss depends on. First order
+    takes every inner gradient for a constant: then d adapted / d params = 1, and the outer gradient at the
+    adapted parameters is also that of the initial ones.
     """
     rate = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
     for _ in range(steps):
-        with torch.no_grad() if first_order else nullcontext():   # grad still differentiates in here, but nobody differentiates it
+        with torch.no_grad() if first_order else nullcontext():  # grad works here too: a constant
             gradient = grad(loss_fn)(params, batch)
-        params = {name: p - rate[name] * gradient[name] for name, p in params.items()}   # theta' = theta - alpha * grad_theta L(theta)
+        # theta' = theta - alpha * grad_theta L(theta)
+        params = {name: p - rate[name] * gradient[name] for name, p in params.items()}
     return params
 
+# --------------------------------------------------------------------------------------------------
+# The outer loss
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# the outer loss
-
-
-def scaled(features: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Features (..., d) as a head takes them: the one seam of precision, from the backbone's bfloat16 or float16 to float32, and / sqrt(d)."""
+def scaled(features, dtype=torch.float32):
+    """Features (..., d) / sqrt(d), as a head takes them: here half precision ends and float32 begins."""
     return features.to(dtype) * features.shape[-1] ** -0.5
 
+def adapted_loss(logits, params, support, query, *, lr, steps, first_order=True):
+    """The query loss of one episode after adaptation to its support (nats), and numbers to log (detached).
 
-def adapted_loss(logits, params: dict[str, Tensor], support, query, *, lr, steps: int, first_order: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-    """The query loss of one episode after `steps` of adaptation to its support, a scalar in nats, and the numbers to log, detached scalars.
-
-    logits: a function of (parameters, inputs) that gives (M, N). params: all that adapts, the initial values, by name.
-    support, query: (inputs, labels (M,)), labels int64 in 0..N-1; what the inputs are is between the caller and `logits`.
+    logits: a function of (parameters, inputs) that gives (M, N). params: all that adapts, at its start.
+    support, query: (inputs, labels (M,)), labels int64 in 0..N-1. Only `logits` knows what the inputs are.
     """
     def loss_fn(params, batch):
         inputs, labels = batch
@@ -105,10 +143,11 @@ def adapted_loss(logits, params: dict[str, Tensor], support, query, *, lr, steps
     # FORK HERE for another inner loss or inner loop. For other parameters to adapt, see the sign in train.py.
     adapted = adapt(loss_fn, params, support, lr, steps, first_order)
     inputs, labels = query
-    answers = logits(adapted, inputs)                                 # (M, N)
+    answers = logits(adapted, inputs)  # (M, N)
     loss = F.cross_entropy(answers, labels)
     with torch.no_grad():
-        before, support_before, support_after = logits(params, inputs), logits(params, support[0]), logits(adapted, support[0])
+        before = logits(params, inputs)
+        support_before, support_after = logits(params, support[0]), logits(adapted, support[0])
         numbers = {
             "meta_loss": loss.detach(),
             "support_loss_before": F.cross_entropy(support_before, support[1]),
@@ -116,34 +155,32 @@ def adapted_loss(logits, params: dict[str, Tensor], support, query, *, lr, steps
             "support_acc": accuracy(support_after, support[1]),
             "query_acc": accuracy(answers, labels),
             "query_acc_before": accuracy(before, labels),
-            # the share of the commonest label is what a constant answer scores: more than chance means broken labels
+            # what a constant answer scores, the share of the commonest label: above chance, labels are broken
             "majority_acc": (labels[:, None] == labels).to(loss.dtype).mean(0).max(),
             "chance": loss.new_full((), 1 / answers.shape[-1]),
         }
     return loss, numbers
 
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of rows where the largest logit (M, N) is the label's (M,). A head at zero answers 0 throughout: chance for balanced labels."""
+def accuracy(logits, labels):
+    """Share of rows of logits (M, N) whose largest is the label's (M,). A head of zeros always answers 0."""
     return (logits.argmax(-1) == labels).to(logits.dtype).mean()
 
-
-def episode_loss(head: dict[str, Tensor], support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, *,
-                 lr: float, steps: int, first_order: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over E episodes of the query loss after the head has adapted to the episode's own support, and the numbers to log.
+def episode_loss(head, support, support_labels, query, query_labels, *, lr, steps, first_order=True):
+    """The mean over E episodes of the query loss after the head has adapted to the support; numbers to log.
 
     head: initial weights, one dict for all episodes or one with a leading E on every tensor (see `columns`).
-    support, query: features as the backbone gives them, (E, N*K, d) and (E, N*Q, d), of any float dtype. Labels: int64 in 0..N-1.
+    support, query: features as the backbone gives them, (E, N*K, d) and (E, N*Q, d), of any float dtype.
+    Labels: int64 in 0..N-1.
 
-    The loss is a scalar in nats, differentiable in head and query, at second order in support too. The numbers are detached, (E,) each,
-    under the names of the log: their mean is what a training step logs, their spread gives an evaluation its standard error.
+    The loss is a scalar in nats, differentiable in head and query, at second order in support too. The
+    numbers are detached, (E,) each: a training step logs their mean, an evaluation their standard error too.
     """
-    def episode(head, support, query):   # each of the two a batch of (features (M, d), labels (M,))
+    def episode(head, support, query):  # each of the two a batch of (features (M, d), labels (M,))
         return adapted_loss(head_logits, head, support, query, lr=lr, steps=steps, first_order=first_order)
 
     with torch.autocast(support.device.type, enabled=False):
-        dtype = head["0.bias"].dtype                         # the inner loop runs in the dtype of the head, which is float32
-        head_dim = 0 if head["0.bias"].ndim == 2 else None   # a head per episode, or one for all
-        losses, numbers = vmap(episode, in_dims=(head_dim, 0, 0))(
-            head, (scaled(support, dtype), support_labels), (scaled(query, dtype), query_labels))
+        dtype = head["0.bias"].dtype  # the inner loop runs in the dtype of the head, which is float32
+        head_dim = 0 if head["0.bias"].ndim == 2 else None  # a head for each episode, or one for all
+        support, query = (scaled(support, dtype), support_labels), (scaled(query, dtype), query_labels)
+        losses, numbers = vmap(episode, in_dims=(head_dim, 0, 0))(head, support, query)
     return losses.mean(), numbers

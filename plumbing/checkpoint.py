@@ -1,0 +1,251 @@
+"""A checkpoint is a folder that Hugging Face's libraries open; and any folder with a Llama opens here.
+
+    model = AutoModelForCausalLM.from_pretrained("out/11m/step_001200")     # theirs opens ours
+    loaded = load_model("out/11m"), load_model("folder/of/a/Llama")         # ours opens both
+
+Checkpoints are data: only safetensors and JSON are read, nothing is unpickled, no code of a checkpoint runs.
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import Llama, ModelConfig
+from plumbing.files import fail, read_json, reading
+from plumbing.tokenizer import hf_files, load_tokenizer
+
+NAMES = {  # ours: (Hugging Face's, pico-decoder's); {i} is the number of a block
+    "embedding": ("model.embed_tokens", "embedding_proj"),
+    "blocks.{i}.attention_norm": ("model.layers.{i}.input_layernorm", "layers.{i}.attention_norm"),
+    "blocks.{i}.attention.q_proj": ("model.layers.{i}.self_attn.q_proj", "layers.{i}.attention.q_proj"),
+    "blocks.{i}.attention.k_proj": ("model.layers.{i}.self_attn.k_proj", "layers.{i}.attention.k_proj"),
+    "blocks.{i}.attention.v_proj": ("model.layers.{i}.self_attn.v_proj", "layers.{i}.attention.v_proj"),
+    "blocks.{i}.attention.o_proj": ("model.layers.{i}.self_attn.o_proj", "layers.{i}.attention.o_proj"),
+    "blocks.{i}.mlp_norm": ("model.layers.{i}.post_attention_layernorm", "layers.{i}.swiglu_norm"),
+    "blocks.{i}.mlp.gate": ("model.layers.{i}.mlp.gate_proj", "layers.{i}.swiglu.w_0"),
+    "blocks.{i}.mlp.up": ("model.layers.{i}.mlp.up_proj", "layers.{i}.swiglu.w_1"),
+    "blocks.{i}.mlp.down": ("model.layers.{i}.mlp.down_proj", "layers.{i}.swiglu.w_2"),
+    "norm": ("model.norm", "output_norm"),
+    "unembedding": ("lm_head", "de_embedding_proj"),
+}
+SHAPE = {  # the same for config.json
+    "d_model": ("hidden_size", "d_model"),
+    "n_layers": ("num_hidden_layers", "n_layers"),
+    "n_heads": ("num_attention_heads", "attention_n_heads"),
+    "n_kv_heads": ("num_key_value_heads", "attention_n_kv_heads"),
+    "d_ff": ("intermediate_size", "activation_hidden_dim"),
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "block_size": ("max_position_embeddings", "max_seq_len"),
+    "norm_eps": ("rms_norm_eps", "norm_eps"),
+    "rope_theta": ("rope_theta", "position_emb_theta"),
+}
+
+def their_names(n_layers, pico=False):
+    """{our name of a tensor: theirs} of a model of n_layers blocks."""
+    pairs = [(ours, both[pico]) for ours, both in NAMES.items()]
+    return {f"{ours}.weight".format(i=i): f"{theirs}.weight".format(i=i)
+            for i in range(n_layers) for ours, theirs in pairs}
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+def checkpoints(run):
+    """The checkpoints of a run folder by step, ascending: {600: "out/11m/step_000600", ...}."""
+    names = os.listdir(run) if os.path.isdir(run) else []
+    steps = {int(name[5:]): os.path.join(run, name) for name in names if re.fullmatch(r"step_\d{6,}", name)}
+    return dict(sorted(steps.items()))
+
+def save_checkpoint(run, step, model, head, moments, tokenizer, spectra, state):
+    """Write a checkpoint beside its name and rename it into place. Only the newest two keep their optimizer.
+
+    head, moments: dicts of tensors. spectra: a dict of arrays. state: what state.json holds besides the step
+    and the sha256 of the other files.
+    """
+    path = os.path.join(run, f"step_{step:06d}")
+    work = path + ".tmp"
+    shutil.rmtree(work, ignore_errors=True)
+    os.makedirs(work)
+    names = their_names(model.config.n_layers)
+    weights = {names[ours]: p for ours, p in model.state_dict().items()}
+    for name, tensors in (("model", weights), ("head", head), ("optimizer", moments)):
+        tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+        save_file(tensors, f"{work}/{name}.safetensors", {"format": "pt"})
+    np.savez(f"{work}/spectra.npz", **spectra)
+    special = {f"{kind}_token_id": tokenizer.eot for kind in ("bos", "eos", "pad")}
+    texts = hf_files(tokenizer, model.config.block_size) | {
+        "config.json": json.dumps(hf_config(model.config) | special, indent=2),
+        "generation_config.json": json.dumps(special),
+        "README.md": CARD.format_map({"name": os.path.basename(run), "step": step, **state["settings"],
+                                      **state["progress"]})}
+    for name, text in texts.items():
+        with open(f"{work}/{name}", "w", encoding="utf8") as file:
+            file.write(text)
+    sha256 = {name: sha256_of(f"{work}/{name}") for name in sorted(os.listdir(work))}
+    with open(f"{work}/state.json", "w", encoding="utf8") as file:
+        json.dump(state | {"step": step, "sha256": sha256}, file, indent=1)
+    for name in os.listdir(work):
+        with open(f"{work}/{name}", "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(path, ignore_errors=True)  # a damaged one that the run has come back to
+    os.rename(work, path)
+    for older in list(checkpoints(run).values())[:-2]:  # the newest two can be resumed from
+        if os.path.exists(f"{older}/optimizer.safetensors"):
+            os.unlink(f"{older}/optimizer.safetensors")
+
+def hf_config(shape):
+    """config.json of a LlamaForCausalLM of this shape."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
+        **{theirs: getattr(shape, ours) for ours, (theirs, _) in SHAPE.items()},
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "head_dim": shape.d_model // shape.n_heads, "hidden_act": "silu",
+        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    }
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanomaml, maml, smlmt]
+---
+
+# {name}
+
+A Llama decoder after {step:,} steps of nanoMAML: next-token prediction, and meta-learning on few-shot tasks
+made from the same text (arXiv 2508.02189), with meta_ratio = {meta_ratio:g}. It has read {lm_tokens:,} tokens
+for language modelling and {episode_tokens:,} in few-shot tasks. All settings are in state.json.
+
+A text is read after an <|endoftext|>. head.safetensors is the head that the inner loop starts from: it takes
+the last hidden states, after the final norm, divided by the square root of their width.
+"""
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+class Loaded(NamedTuple):
+    path: str  # the folder that was opened
+    model: Llama  # in evaluation mode
+    tokenizer: object  # see plumbing/tokenizer.py
+    head: dict  # where the inner loop starts; {} for a model of others
+    settings: dict  # of train.py; {} for a model of others
+    step: int
+    progress: dict  # budgets spent so far: lm_tokens, episode_tokens, flops, seconds, ...
+    corpus_hash: str
+    state: dict  # state.json
+
+def load_model(path, step=None, device="cpu"):
+    """Open a run folder (its newest step, or `step`), a step's folder, or any Llama's folder of safetensors.
+
+    Others' weights may have Hugging Face's names or pico-decoder's, lie in several files, and be tied. Memory
+    is taken for what the files hold, not for what their headers say. A damaged file ends the program.
+    """
+    folder = find_checkpoint(path, step)
+    state = read_json(f"{folder}/state.json") if os.path.exists(f"{folder}/state.json") else {}
+    remedy = "delete the folder to use the step before" if state else "download it again"
+    with reading(folder, remedy):
+        for name in ("model.safetensors", "head.safetensors", "config.json", "tokenizer.json"):
+            check_sha256(folder, state, name)
+        shape, weights = read_weights(folder)
+        with torch.device("meta"):  # shapes without memory
+            model = Llama(shape)
+        model.load_state_dict(weights, assign=True)
+        head = load_file(f"{folder}/head.safetensors") if state else {}
+        return Loaded(folder, model.to(device).eval(), load_tokenizer(folder), head,
+                      state.get("settings", {}), state.get("step", 0), state.get("progress", {}),
+                      state.get("corpus_hash", ""), state)
+
+def load_models(paths, step=None, device="cpu"):
+    """{path: Loaded} of the folders that a command line names."""
+    if not paths:
+        fail("name a run folder, out/<run>, or the folder of a Llama")
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        fail("a folder is named twice: it would be compared with itself")
+    return {path: load_model(path, step, device) for path in paths}
+
+def check_sha256(folder, state, name):
+    """ValueError: a file of a checkpoint of ours is not what was written."""
+    if state and sha256_of(f"{folder}/{name}") != state["sha256"][name]:
+        raise ValueError(f"{name} does not match the sha256 in state.json")
+
+def find_checkpoint(path, step):
+    """The folder with the weights that `path` and `step` mean."""
+    steps = checkpoints(path)
+    if steps:
+        if step is not None and step not in steps:
+            fail(f"{path} has no checkpoint of step {step}, but of {', '.join(map(str, steps))}")
+        return steps[max(steps) if step is None else step]
+    names = os.listdir(path) if os.path.isdir(path) else []
+    if not {"model.safetensors", "model.safetensors.index.json"} & set(names):
+        fail(f"{path} holds no checkpoint (step_*) and no model.safetensors; only these are read")
+    if step is not None:
+        fail(f"{path} is one checkpoint, not a run: leave step = {step} out, or name the run folder")
+    return path
+
+def read_weights(folder):
+    """The shape of a model and its weights under our names, {name: float32 tensor}."""
+    files = ["model.safetensors"]
+    if not os.path.exists(f"{folder}/model.safetensors"):
+        files = sorted(set(read_json(f"{folder}/model.safetensors.index.json")["weight_map"].values()))
+    tensors = {}
+    for name in files:
+        tensors |= load_file(os.path.join(folder, os.path.basename(name)))
+    tensors = {key.removeprefix("pico_decoder."): tensor for key, tensor in tensors.items()
+               if not key.endswith("rotary_emb.inv_freq")}
+    theirs = read_json(f"{folder}/config.json")
+    pico = "activation_hidden_dim" in theirs
+    shape = read_shape(theirs, pico)
+    if shape.n_layers > len(tensors):
+        raise ValueError(f"config.json says {shape.n_layers} layers, but there are {len(tensors)} tensors")
+    names = their_names(shape.n_layers, pico)
+    if theirs.get("tie_word_embeddings") and not pico:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if extra := sorted(set(tensors) - set(names.values())):
+        raise ValueError(f"a Llama has no tensor {extra[0]}")
+    weights = {ours: tensors[name].float() for ours, name in names.items()}
+    for ours, weight in weights.items() if pico else ():
+        if ours.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[ours] = halves(weight, shape.n_heads if "q_proj" in ours else shape.n_kv_heads)
+    return shape, weights
+
+def halves(weight, n_heads):
+    """Rows of q or k (H D, C) in our order. Pair j of a head: rows j, j + D/2 here, 2j, 2j + 1 there."""
+    pairs = weight.unflatten(0, (n_heads, -1, 2))  # (H, D/2, 2, C)
+    return pairs.transpose(1, 2).flatten(0, 2)  # (H, 2, D/2, C)
+
+def read_shape(theirs, pico):
+    """The ModelConfig that a config.json describes. ValueError: this model cannot be that."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    theirs = {"num_key_value_heads": theirs.get("num_attention_heads"), "rms_norm_eps": 1e-6,
+              "rope_theta": rope.get("rope_theta", 10000.0)} | theirs
+    shape = ModelConfig(**{f.name: f.type(theirs[SHAPE[f.name][pico]]) for f in fields(ModelConfig)})
+    ours = {"head_dim": shape.d_model // shape.n_heads, "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "model_type": "pico_decoder" if pico else "llama"}
+    theirs["rope_type"] = rope.get("rope_type", rope.get("type"))
+    for key, here in (ours | {"rope_type": "default"}).items():
+        if theirs.get(key) not in (None, here):
+            raise ValueError(f"config.json has {key} = {theirs[key]}, where this model has {here}")
+    return shape
+
+# --------------------------------------------------------------------------------------------------
+# The corpus of a model
+
+def corpus_problem(loaded, folder):
+    """Why the corpus in `folder` cannot be used with a model; "" if it can, having the same tokens."""
+    if not os.path.exists(os.path.join(folder, "meta.json")):
+        prepare = f"python data/prepare.py NAME --source=... --tokenizer={loaded.path}"
+        return f"there is no corpus {folder}; name one with --corpus=FOLDER ({prepare} makes one)"
+    if loaded.corpus_hash == read_json(os.path.join(folder, "meta.json")).get("corpus_hash"):
+        return ""
+    if load_tokenizer(folder).token_bytes == loaded.tokenizer.token_bytes:
+        return ""
+    return f"the corpus {folder} has other tokens than {loaded.path}; name another with --corpus=FOLDER"

@@ -1,0 +1,118 @@
+"""How a program ends with one line, how a file is written whole or not at all, how a folder is locked.
+
+Importing this module changes what an error prints. Scripts import it before torch: then Ctrl-C is quiet soon.
+"""
+import atexit
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import filelock
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]  # the repository
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+def fail(message, code=2):
+    """End the program with one line. Code 2: a mistake before anything starts; 1: one that came later."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)  # names of files hold anything
+    tqdm.write(f"error: {line}", file=sys.stderr)  # below a progress bar, if one is shown
+    sys.exit(code)
+
+def reason(error):
+    """An exception as one line."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+@contextlib.contextmanager
+def reading(path, remedy):
+    """The boundary around files that others wrote: what goes wrong in reading `path` is told in one line."""
+    try:
+        yield
+    except Exception as error:  # each library has exceptions of its own for a damaged file
+        fail(f"cannot read {path}: {reason(error)}; {remedy}")
+
+def report(kind, error, trace):
+    """What an exception that nobody caught prints: one line if it is a user's matter, else a traceback."""
+    text = str(error)
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+    elif issubclass(kind, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        print("error: out of memory: lower micro_batch_size and micro_episodes (0 takes all at once), "
+              "block_size, or the size of the model", file=sys.stderr)
+    elif issubclass(kind, OSError) or kind.__name__ == "SafetensorError":
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = getattr(error, "errno", None) in codes or any(f"(os error {code})" in text for code in codes)
+        hint = "; what was saved before is untouched. Free space on the disk, then try again" if full else ""
+        if not issubclass(kind, BrokenPipeError):  # then there is nobody to tell
+            path = getattr(error, "filename", None) or "a file"
+            print(f"error: {path}: {reason(error)}{hint}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+@atexit.register
+def flush_output():
+    """Print what is left, or drop it if the reader went away (`| head`); Python would complain of that."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+sys.excepthook = report
+
+def on_signals(handler):
+    """Call handler(number, frame) at Ctrl-C, kill or a closed terminal, unless it is ignored (nohup)."""
+    for kind in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, kind, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+def write_atomic(path, content):
+    """Write bytes, a text, or what the function content(file) writes.
+
+    `path` is the old file or the new one, never half of it.
+    """
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+def read_json(path, remedy="make it or copy it again"):
+    """The object in a JSON file; a damaged file ends the program."""
+    with reading(path, remedy):
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
+
+locks = []  # held until this process ends, in whatever way
+
+def lock(folder):
+    """Keep other processes that lock this folder out of it. kill -9 frees it too."""
+    try:
+        locks.append(filelock.FileLock(os.path.join(folder, ".lock"), timeout=0))
+        locks[-1].acquire()
+    except filelock.Timeout:
+        fail(f"another process is at work on {folder}: wait until it has ended, or take another folder")

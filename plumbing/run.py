@@ -1,0 +1,399 @@
+"""A training run on disk and among processes: folder, log, resuming, signals, wandb, and the final report.
+
+The loop itself is in train.py. Tensors meet here only to be summed over processes.
+"""
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from plumbing import figures
+from plumbing.checkpoint import check_sha256, checkpoints, load_model, save_checkpoint
+from plumbing.corpus import load_corpus
+from plumbing.files import ROOT, fail, lock, on_signals, read_json, reading, write_atomic
+from plumbing.machine import choose_device, choose_dtype, has_compiler, peak_memory
+
+# A resumed run may differ from the run that was begun in these settings only.
+MAY_CHANGE = """out_dir data_dir device dtype compile resume micro_batch_size micro_episodes max_steps lr
+eval_interval eval_steps ckpt_interval log_interval wandb wandb_project""".split()
+BUDGETS = ("lm_tokens", "episode_tokens", "support_tokens", "query_tokens", "flops", "seconds")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+
+class Run:
+    """What train.py asks for: device, dtype, compile, rank, world; stopping, evals and collapse so far."""
+
+    def __init__(self, config):
+        self.config, self.tracker, self.log_file = config, None, None
+        self.rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))  # torchrun's
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.signal, self.stopping = None, False
+        on_signals(self.leave)
+        if self.world > min(config.batch_size, config.episodes_per_step if config.meta_ratio else self.world):
+            fail(f"{self.world} processes cannot share batch_size = {config.batch_size} and "
+                 f"episodes_per_step = {config.episodes_per_step}: raise them, or start fewer")
+        self.device = choose_device(config.device, local_rank)
+        self.dtype = choose_dtype(config.dtype, self.device)
+        self.compile = config.compile and has_compiler(self.device)
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+        on_gpu = self.device.type == "cuda"
+        where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+        self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, "
+                   f"{'compiled' if self.compile else 'not compiled'}")
+        if self.world > 1:
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
+        if self.rank == 0:
+            self.open_folder()
+
+    def open_folder(self):
+        """Lock the run folder, which must hold a run if it is to be resumed, and none otherwise."""
+        folder, resume = Path(self.config.out_dir), self.config.resume
+        if resume and not (folder / "config.json").exists():
+            fail(f"resume = True, but {folder} holds no run; check --out_dir, or leave --resume out")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        if not resume and ((folder / "config.json").exists() or checkpoints(folder)):
+            fail(f"{folder} already holds a run: continue it with --resume=True, or take another --out_dir")
+        for path in folder.glob("*.tmp"):  # of a process that was killed while it saved
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # Processes
+
+    def print(self, text):
+        """Print at once, from one process for all. A reader that went away (`| head`) must not end a run."""
+        if self.rank == 0:
+            try:
+                os.write(1, f"{text}\n".encode())  # unlike print, may be called by a signal handler
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def all_reduce(self, tensor):
+        """The sum of a tensor over all processes, in place."""
+        if self.world > 1:
+            try:
+                dist.all_reduce(tensor)
+            except RuntimeError as error:  # gloo says so; with nccl torchrun ends the others
+                self.end(1, f"another process of this run is gone ({str(error).splitlines()[0][:80]}); "
+                            "the last checkpoint stands, continue with --resume=True")
+        return tensor
+
+    def barrier(self):
+        """Return when all processes have come here."""
+        self.all_reduce(torch.zeros(1, device=self.device)).item()
+
+    def micro_batches(self, n, size):
+        """This process's share of n rows or episodes, as slices of at most `size`; 0 sets no limit."""
+        first, last = self.rank * n // self.world, (self.rank + 1) * n // self.world
+        return [slice(i, min(i + (size or n), last)) for i in range(first, last, size or n)]
+
+    def end(self, code, error=""):
+        """End this process. One of several skips torch's clean-up, which aborts about one exit in four."""
+        if error:
+            print(f"error: {error}", file=sys.stderr)
+        if self.tracker:
+            self.tracker.finish(code)
+        if self.world > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
+
+    # Signals
+
+    def leave(self, number, frame):
+        """A signal before the loop: there is nothing to save."""
+        self.print("\nstopped before the first step; nothing was begun")
+        sys.exit(128 + number)
+
+    def stop(self, number, frame):
+        """First signal: the loop finishes its step, saves, and leaves. Second: it leaves at once."""
+        self.signal = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+        self.print(f"\n{self.signal.name}: saving after this step (once more to leave at once)")
+
+    # Data
+
+    def load_corpus(self):
+        """The corpus that the settings name. The default one is built when it is missing."""
+        config = self.config
+        folder = os.path.join(config.data_dir, config.dataset)
+        if self.rank == 0 and not os.path.exists(f"{folder}/meta.json"):
+            if config.dataset != "docstrings":
+                fail(f"no corpus {folder}: prepare it with python data/prepare.py {config.dataset} "
+                     f"--source=FILES --data_dir={config.data_dir}, or take --dataset=docstrings")
+            self.print("data    building the default corpus, once")
+            script = [sys.executable, str(ROOT / "data" / "prepare.py")]
+            if code := subprocess.run([*script, "docstrings", f"--data_dir={config.data_dir}"]).returncode:
+                sys.exit(code)  # it has said why
+        self.barrier()
+        corpus = load_corpus(folder)
+        shortest = min(len(corpus.train), len(corpus.val))
+        if shortest <= config.block_size:
+            fail(f"block_size = {config.block_size}, but a split of {folder} has {shortest} tokens: lower it")
+        self.print(f"data    {config.dataset} {corpus.hash}: {len(corpus.train):,} training "
+                   f"tokens, {len(corpus.val):,} for validation, vocabulary {corpus.vocab_size:,}")
+        return corpus
+
+    # Starting and resuming
+
+    def start(self, corpus, model, head, optimizer, scaler):
+        """Begin or resume; returns the step that is done already."""
+        self.corpus, self.model, self.head = corpus, model, head
+        self.optimizer, self.scaler = optimizer, scaler
+        self.params = dict(model.named_parameters())
+        self.params |= {f"head.{name}": p for name, p in head.items() if p.requires_grad}
+        self.progress, self.costs = dict.fromkeys(BUDGETS, 0), costs(self.config, model, head)
+        step, lines = self.resume() if self.config.resume else (0, [])
+        self.evals = [line for line in lines if line["kind"] == "eval"]  # on_collapse is decided from these
+        self.collapse = next((line for line in lines if line["kind"] == "collapse"), None)
+        shape = model.config
+        self.print(f"model   {model.n_params():,} parameters: d {shape.d_model}, {shape.n_layers} layers, "
+                   f"{shape.n_heads} heads / {shape.n_kv_heads} kv heads")
+        self.barrier()  # nobody writes before all have read
+        if self.rank == 0:
+            self.write_folder(lines)
+        on_signals(self.stop)
+        self.first_step, self.skipped, self.clock = step, 0, time.perf_counter()
+        return step
+
+    def resume(self):
+        """Load the newest checkpoint; returns its step and the lines of the log up to it."""
+        config, begun = self.config, read_json(f"{self.config.out_dir}/config.json")
+        now = dataclasses.asdict(config) | {"corpus_hash": self.corpus.hash}
+        for key, setting in now.items():
+            watched = key == "eval_interval" and config.on_collapse != "off"  # where a collapse is seen
+            if (key not in MAY_CHANGE or watched) and begun.get(key, setting) != setting:
+                fail(f"cannot resume with {key} = {setting}: the run was begun with {key} = {begun[key]}")
+            if key in ("lr", "max_steps") and begun.get(key) != setting:
+                self.print(f"resume  {key} was {begun.get(key)} and is {setting} from here on")
+        step = max(checkpoints(config.out_dir), default=0)
+        if not step:
+            return 0, []  # it was stopped before its first checkpoint
+        if step > config.max_steps:
+            fail(f"max_steps = {config.max_steps}, but {config.out_dir} is at step {step} already")
+        loaded = load_model(config.out_dir)
+        with reading(loaded.path, "delete this folder to resume from the step before"), torch.no_grad():
+            if loaded.step != step:
+                raise ValueError(f"state.json has step {loaded.step}")
+            check_sha256(loaded.path, loaded.state, "optimizer.safetensors")
+            moments = load_file(f"{loaded.path}/optimizer.safetensors")
+            self.model.load_state_dict(loaded.model.state_dict())
+            for name, p in self.head.items():
+                p.copy_(loaded.head[name])
+            for name, p in self.params.items():
+                if f"step/{name}" in moments:
+                    self.optimizer.state[p] = {k: moments[f"{k}/{name}"].to(self.device) for k in MOMENTS}
+            self.scaler.load_state_dict(loaded.state["scaler"] or self.scaler.state_dict())
+            self.progress = {key: loaded.progress[key] for key in BUDGETS}
+        lines = read_log(config.out_dir, up_to=step)
+        steps = [line["step"] for line in lines if line["kind"] in ("lm", "meta")]
+        if steps and steps != list(range(steps[0], step + 1)):
+            fail(f"{config.out_dir}/log.jsonl does not have each step up to {step} once: "
+                 "copy it again, or delete it to do without its lines")
+        self.print(f"resume  {config.out_dir} after step {step}")
+        return step, lines
+
+    def write_folder(self, lines):
+        """config.json says how the run was made; the log loses what came after the checkpoint."""
+        folder, path = self.config.out_dir, os.path.abspath(self.config.out_dir)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
+        made = dataclasses.asdict(self.config) | {
+            "vocab_size": self.corpus.vocab_size, "corpus_hash": self.corpus.hash,
+            "git": git_commit(), "argv": sys.argv[1:],
+            "versions": {"python": platform.python_version(), **versions},
+            "system": {"processes": self.world, "device": str(self.device), "dtype": str(self.dtype),
+                       "threads": torch.get_num_threads(), "platform": platform.platform()}}
+        if self.config.wandb:
+            run_id = f"{os.path.basename(path)}-{zlib.crc32(path.encode()):08x}"  # the same for a resumed run
+            with reading("Weights & Biases", f"WANDB_MODE=offline keeps the records in {folder}/wandb"):
+                import wandb
+
+                quiet = wandb.Settings(init_timeout=30, silent=True)
+                self.tracker = wandb.init(project=self.config.wandb_project, id=run_id, resume="allow",
+                                          dir=folder, config=made, settings=quiet)
+        write_atomic(f"{folder}/log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_atomic(f"{folder}/config.json", json.dumps(made, indent=2))
+        self.log_file = open(f"{folder}/log.jsonl", "ab", buffering=0)
+
+    # The log
+
+    def log(self, line):
+        """One object a line, handed to the system before the next step begins."""
+        text = f"{json.dumps(line)}\n".encode() if self.log_file else b""
+        while text:  # a disk that fills up takes a part first
+            text = text[self.log_file.write(text) :]
+        if self.tracker:
+            self.tracker.log(line, step=line["step"])
+
+    def log_step(self, step, kind, numbers, norm, lr):
+        """Sum the numbers of a step over all processes; check, log and print them."""
+        asked = torch.full((), float(self.signal is not None), device=self.device)
+        *values, asked = self.all_reduce(torch.stack([*numbers.values(), asked])).tolist()
+        self.stopping, norm, seconds = bool(asked), norm.item(), self.tick()
+        line = dict(zip(numbers, values, strict=True))
+        loss = line[f"{kind}_loss"]
+        finite = math.isfinite(loss + norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped == (20 if self.scaler.is_enabled() else 1):
+            self.not_finite(step, f"loss {loss}, gradient norm {norm}")
+        for key, amount in self.costs[kind].items():
+            self.progress[key] += amount
+        speed = self.costs[kind]["lm_tokens" if kind == "lm" else "episode_tokens"] / seconds
+        scale = {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
+        line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, **scale}
+        self.log({"step": step, "kind": kind, **line, **self.progress, "tokens_per_second": speed})
+        if step == self.first_step + 1:
+            self.steady = self.clock  # the first step compiles and says nothing of the others
+        if step % self.config.log_interval and step != self.config.max_steps and finite:
+            return
+        text = f"{kind}_loss {loss:.4f}"
+        if kind == "meta":
+            text += f"  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
+        text += f"  lr {lr:.2e}  norm {norm:.2f}" if finite else f"  skipped: float16 overflow, {scale}"
+        each = (self.clock - self.steady) / max(1, step - self.first_step - 1)
+        left = int(each * (self.config.max_steps - step))
+        text += f"  {speed / 1e3:.1f}k tok/s  left {left // 60}m{left % 60:02d}s"
+        self.print(f"step {step:6d}/{self.config.max_steps}  {text}")
+
+    def tick(self):
+        """Seconds since the last call; progress["seconds"] adds them up, over interruptions too."""
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.progress["seconds"] += seconds
+        return seconds
+
+    def evaluated(self, step):
+        return any(line["step"] == step for line in self.evals)
+
+    def log_eval(self, step, numbers):
+        if self.world > 1:  # all decide from the same numbers
+            shared = [numbers]
+            dist.broadcast_object_list(shared, src=0)
+            numbers = shared[0]
+        if not math.isfinite(numbers["val_loss"]):
+            self.not_finite(step, f"validation loss {numbers['val_loss']}")
+        self.tick()
+        self.evals.append({"step": step, "kind": "eval", **numbers, **self.progress})
+        self.log(self.evals[-1])
+        text = f"val_loss {numbers['val_loss']:.4f}  bits/byte {numbers['val_bits_per_byte']:.4f}"
+        for key, loss in numbers.items():
+            text += f"  {key.removeprefix('val_loss/')} {loss:.4f}" if key.startswith("val_loss/") else ""
+        for key in ("heldout_query_acc", "val_query_acc"):
+            text += f"  {key} {numbers[key]:.3f}±{numbers[key + '_se']:.3f}" if key in numbers else ""
+        self.print(f"eval {step:6d}/{self.config.max_steps}  {text}")
+
+    def log_collapse(self, step, drop):
+        """drop: what spectra.change_point found, or None."""
+        if drop:
+            action = self.config.on_collapse
+            self.collapse = {"step": step, "kind": "collapse", **drop, "action": action, **self.progress}
+            self.log(self.collapse)
+            self.print(f"collapse  {drop['curve']} fell by {drop['size']:.1%} at step {drop['at']}, "
+                       f"seen at step {step}: {action}")
+
+    def not_finite(self, step, what):
+        """Training has come apart: nothing of this step is saved."""
+        newest = max(checkpoints(self.config.out_dir), default="none")
+        self.end(1, f"step {step}: {what}; nothing of this step was saved, the last checkpoint is {newest}. "
+                    "Try a lower lr or inner_lr, or a longer warm-up")
+
+    # Saving and the end
+
+    def save(self, step, spectra):
+        """Write a checkpoint, whole or not at all. spectra: the arrays that spectra.measure gives."""
+        if not all(p.isfinite().all() for p in self.params.values()):
+            self.not_finite(step, "weights are not finite")
+        if self.rank == 0:
+            os.fsync(self.log_file.fileno())  # a checkpoint never knows of steps that the log has lost
+            moments = {f"{key}/{name}": self.optimizer.state[p][key] for name, p in self.params.items()
+                       if p in self.optimizer.state for key in MOMENTS}
+            state = {"settings": dataclasses.asdict(self.config), "progress": self.progress,
+                     "corpus_hash": self.corpus.hash, "scaler": self.scaler.state_dict()}
+            save_checkpoint(self.config.out_dir, step, self.model, self.head, moments, self.corpus.tokenizer,
+                            spectra, state)
+        self.tick()  # the time it took is no step's
+
+    def report(self, autocast):
+        """A sampled paragraph, the result, and curves.png."""
+        if self.rank:
+            return
+        config, numbers = self.config, self.evals[-1]
+        eot = torch.tensor([[self.corpus.eot]], device=self.device)
+        rng = torch.Generator(self.device).manual_seed(config.seed)
+        with autocast, torch.compiler.set_stance("force_eager"):  # each length would be compiled
+            ids = self.model.generate(eot, 160, temperature=0.8, top_k=50, generator=rng)[0, 1:].tolist()
+        ids = ids[: ids.index(self.corpus.eot)] if self.corpus.eot in ids else ids
+        self.print(f"\n{self.corpus.tokenizer.decode(ids).strip()}\n")
+        self.print("result  val_loss {val_loss:.4f}, {val_bits_per_byte:.4f} bits per byte, "
+                   "after {step:,} steps, {lm_tokens:,} LM tokens, {episode_tokens:,} episode tokens, "
+                   "{flops:.2e} FLOPs, {seconds:.0f} s, ".format_map(numbers)
+                   + f"peak memory {peak_memory(self.device):.2f} GiB")
+        if "heldout_query_acc" in numbers:
+            self.print("result  held-out words: query accuracy {heldout_query_acc:.3f} ± "
+                       "{heldout_query_acc_se:.3f} after adaptation, {heldout_query_acc_before:.3f} before, "
+                       .format_map(numbers) + f"chance {1 / config.n_way:.3f}")
+        path = os.path.join(config.out_dir, "curves.png")
+        label = f"{config.out_dir}: validation loss {numbers['val_loss']:.3f} after {numbers['step']:,} steps"
+        figures.save(figures.curves(read_log(config.out_dir), dataclasses.asdict(config), label), path)
+        self.print(f"curves  {path}\nrun     {config.out_dir}")
+        if self.tracker:
+            import wandb
+
+            self.tracker.log({"curves": wandb.Image(path)}, step=numbers["step"])
+
+    def finish(self, done):
+        if self.world > 1:
+            self.barrier()  # none leaves while another still speaks
+        if done:
+            self.end(0)
+        self.print(f"stopped. To continue, give the same command with --resume=True in {os.getcwd()}")
+        self.end(128 + (self.signal or signal.SIGTERM))
+
+def read_log(folder, up_to=math.inf):
+    """The lines of log.jsonl up to and including step `up_to`. A last line torn by a crash is left out."""
+    path, lines = os.path.join(folder, "log.jsonl"), []
+    texts = open(path, "rb").readlines() if os.path.exists(path) else []
+    for number, text in enumerate(texts, 1):
+        with reading(f"{path}, line {number}", "copy the log again, or delete the line"):
+            if text.endswith(b"\n"):
+                lines.append(json.loads(text))
+                assert type(lines[-1]["step"]) is int and type(lines[-1]["kind"]) is str
+    return [line for line in lines if line["step"] <= up_to]
+
+def git_commit():
+    """The commit of this code, with a + where files differ from it; empty outside a git checkout."""
+    words = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    return ""
+
+def costs(config, model, head):
+    """Tokens and FLOPs of a step of each kind. Padding is computed on, so it counts."""
+    tokens = config.batch_size * config.block_size
+    lm = {"lm_tokens": tokens, "flops": tokens * model.flops_per_token(config.block_size, True, True)}
+    windows = config.episodes_per_step * config.n_way  # for one shot
+    support, query = (windows * shots * config.episode_len for shots in (config.k_shot, config.q_query))
+    forward, both = (model.flops_per_token(config.episode_len, backward, False) for backward in (False, True))
+    flops = support * (both if config.second_order else forward) + query * both
+    if config.target != "head":  # the model runs in each inner step; then come the numbers to log
+        inner = config.inner_steps * both * (3 if config.second_order else 1)
+        flops = support * (inner + 2 * forward) + query * (both + forward)
+    *_, weight, bias = head.values()  # the last layer; the multi-task control's has more than are used
+    unused = (len(bias) - config.n_way) * (weight.shape[1] + 1)
+    head_size = sum(p.numel() for p in head.values()) - unused
+    flops += windows * (config.k_shot * config.inner_steps + config.q_query) * 6 * head_size
+    meta = {"support_tokens": support, "query_tokens": query, "episode_tokens": support + query}
+    return {"lm": lm, "meta": meta | {"flops": flops}}
