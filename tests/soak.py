@@ -1,23 +1,18 @@
-"""Faults on purpose: what a run, a corpus or an evaluation makes of kills, full disks, flipped bits, nonsense and malice.
+"""Faults on purpose: what training, preparation and evaluation make of kills, full disks, damage and malice.
 
     python tests/soak.py                          # a little of each, in half a minute
-    python tests/soak.py --long                   # 100 kills, 1,000 flipped bits in each file, 2,000 configurations: an hour
+    python tests/soak.py --long                   # for real: ten to fifteen minutes
     python tests/soak.py --only=kill,bits --seed=7
 
-One line for each fault: how often it was tried, and how often survived. To survive is to end as the undisturbed run ended, or with one clear line,
-and never with a traceback, a hang, twice the memory, something not finite on the disk or a file outside the folder. What did not survive is printed
-with its case, which the seed repeats, and the exit code is 1. The processes are real ones, killed by SIGKILL; they are forked from this one, which
-saves each the seconds that importing torch takes.
+One line for each fault: how often it was tried, and how often survived. To survive is to end as the
+undisturbed run did, bit for bit, or with one line. What did not is printed with its case, which the seed
+repeats; the exit code is then 1. The processes are forked from this one: importing torch would take longest.
 """
 import argparse
-import ast
-import base64
-import contextlib
-import hashlib
-import io
+import atexit
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -28,906 +23,358 @@ import signal
 import sys
 import tempfile
 import time
-import types
-import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # bit-equality is promised on a CPU
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
-import matplotlib.pyplot  # noqa: E402, F401
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401
-from tqdm import tqdm  # noqa: E402
 
-import configurator  # noqa: E402
-import eval_ner  # noqa: E402
-import export_hf  # noqa: E402
-import model as model_file  # noqa: E402
-import runs  # noqa: E402
+from model import Llama  # noqa: E402
+from plumbing.checkpoint import checkpoints, load_model, sha256_of  # noqa: E402
+from plumbing.corpus import load_corpus  # noqa: E402
+from plumbing.run import read_log  # noqa: E402
 
-PACKAGES = "argparse,ast,asyncio,collections,decimal,difflib,doctest,email,http,importlib,inspect,json,logging,statistics,unittest,urllib"
-SETTINGS = (
-    "--d_model=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --d_ff=64 --block_size=32 --batch_size=8 --max_steps=24 --warmup_steps=5 --eval_steps=2 "
-    "--eval_interval=3 --ckpt_interval=3 --compile=False --dtype=float32 --meta_ratio=0.5 --n_way=4 --k_shot=2 --q_query=2 --episode_len=16 "
-    "--word_min_count=5 --inner_steps=3"
-).split()
-FAULTS = "kill signals disk nan configs hostile bits fuzz".split()  # in this order: the last two start threads, after which one should not fork
-TIMES = ("seconds", "tokens_per_second")  # what differs between two equal logs
+STEPS = 12
+SETTINGS = (  # val.bin is too short for episodes: most of the time would go there
+    "--d_model=16 --n_layers=1 --n_heads=2 --n_kv_heads=1 --d_ff=16 --block_size=32 --batch_size=4 "
+    f"--max_steps={STEPS} --warmup_steps=3 --eval_steps=2 --eval_interval=4 --ckpt_interval=2 "
+    "--meta_ratio=0.5 --n_way=4 --k_shot=2 --q_query=2 --episode_len=16 --word_min_count=5 --inner_steps=2 "
+    "--compile=False --dtype=float32").split()
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser()
 parser.add_argument("--long", action="store_true", help="for real")
-parser.add_argument("--only", default=",".join(FAULTS), help="faults, with commas between (default: %(default)s)")
-parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+parser.add_argument("--only", default="kill,signals,disk,nan,hostile,bits", help="some of these faults")
+parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
 args = parser.parse_args()
-if wrong := set(args.only.split(",")) - set(FAULTS):
-    sys.exit(f"error: --only={args.only}: {', '.join(sorted(wrong))} is not among {', '.join(FAULTS)}")
-rng = random.Random(args.seed)  # each fault seeds it anew
-here = Path(tempfile.mkdtemp(prefix="soak-"))
-lost = []  # what did not survive
+rng = random.Random()  # each fault seeds it
+here = Path(tempfile.mkdtemp(prefix="soak-"))  # with the corpus docstrings/ and the undisturbed run straight/
+straight, last, marker = here / "straight", f"step_{STEPS:06d}", here / "marker"
+numbers, losses = itertools.count(), []
 
-
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
-# How it is told and counted
-
-
-class Lost(Exception):
-    """Something did not survive; the text says what."""
-
-
-class Hang(BaseException):
-    """It took too long. No Exception, so that nothing catches it on the way."""
-
-
-def must(condition, text):
-    if not condition:
-        raise Lost(text)
-
-
-def attempts(fault, cases, note=""):
-    """Go through `cases`, (name, function) pairs, calling each function; print the line of the fault."""
-    survived, tried, notes, known = 0, 0, {}, len(lost)
-    rng.seed(f"{args.seed} {fault}")
-    for name, function in tqdm(cases, fault, leave=False, delay=10, disable=None):
-        tried += 1
+def attempts(fault, function, cases):
+    """Call the function with the words of each case, a tuple; print its losses and its line."""
+    notes = []
+    for case in cases:
         try:
-            found = function()
-            survived += 1
-            notes[found] = notes.get(found, 0) + 1
-        except (Exception, Hang) as error:
-            lost.append(f"{fault}, case {tried} ({name}), --seed={args.seed}: {type(error).__name__}: {error}")
-    told = ", ".join(f"{count} {text}" for text, count in notes.items() if isinstance(text, str))
-    print(f"{fault:44} tried {tried:5,}  survived {survived:5,}  {note}{told}")
-    print("".join(f"lost: {line}\n" for line in lost[known:]), end="", flush=True)
+            notes.append(function(*case))
+        except (Exception, SystemExit) as error:
+            losses.append(fault)
+            print(f"lost: {fault} {str(case)[:150]}: {type(error).__name__}: {error}", file=sys.stderr)
+    counts = ", ".join(f"{notes.count(note)} {note}" for note in dict.fromkeys(notes) if note)
+    print(f"{fault:36} tried {len(cases):4}  survived {len(notes):4}  {counts}".rstrip(), flush=True)
 
+def n(short, long):
+    return long if args.long else short
 
-def outcome(call, seconds=60):
-    """(what `call` returns, ""), or (None, the one line with which it ended). A second line, a traceback or a hang is not survived."""
-
-    def hang(signum, frame):
-        raise Hang(f"more than {seconds} seconds")
-
-    signal.signal(signal.SIGALRM, hang)
-    printed = io.StringIO()
-    try:
-        signal.alarm(seconds)
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
-            return call(), ""
-    except SystemExit:
-        line = "\n".join(line for line in printed.getvalue().strip().split("\n") if not line.startswith("note: "))
-        must(line.startswith("error: ") and len(line.splitlines()) == 1, f"not one clear line: {line[:300]}")
-        return None, line
-    finally:
-        signal.alarm(0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes
 
-
-def run_as_script(script, words, printed, before):
-    """What a child does: be `python script words...`, with its output in the two files `printed`, after calling `before`."""
-    os.setpgrp()  # what it starts is killed with it
-    for number, path in enumerate(printed, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.chdir(ROOT)
-    before()
-    sys.argv, code, sys.path[0] = [script, *words], 0, str(ROOT)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def start(script, *words, before=lambda: None):
+    """Begin `python script words...` in a process of its own, after a call of `before`; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
     try:
+        signal.alarm(300)  # ends a hang
+        for number in (1, 2):
+            os.dup2(os.open(here / f"{os.getpid()}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv, sys.path[0] = [script, *map(str, words)], str((ROOT / script).parent)
+        sys.path.insert(1, str(ROOT))
+        before()
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
     os._exit(code)
 
+def printed(pid, number):
+    path = here / f"{pid}.{number}"
+    return path.read_text(errors="replace") if path.exists() else ""
 
-def nothing():
-    pass
+def end(pid):
+    """How a process ended: code (or minus the signal), out, err, and its memory in MiB at its peak."""
+    _, status, usage = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    out, err = (printed(pid, number) for number in (1, 2))
+    assert "Traceback" not in err and code != -signal.SIGALRM, f"exit code {code}: {err[-1500:]}"
+    return SimpleNamespace(code=code, out=out, err=err, memory=usage.ru_maxrss / 2**10)
 
+def ends(well, done):
+    """A program must have ended well, or else with one line."""
+    line = done.err.startswith("error: ") and done.err.count("\n") == 1 and done.code in (1, 2)
+    assert done.code == 0 if well else line, f"exit code {done.code}: {done.err[:1500]}"
+    return done
 
-class Run:
-    """A script that runs in a process of its own."""
+def train(folder, *words, **options):
+    """Begin a run in a folder, or continue the one that is there."""
+    words = f"--resume={(folder / 'config.json').exists()}", *words
+    return start("train.py", *SETTINGS, f"--data_dir={here}", f"--out_dir={folder}", *words, **options)
 
-    number = 0
+def prepare(place, **options):
+    return start("data/prepare.py", "docstrings", "--packages=argparse,json,email", f"--data_dir={place}",
+                 "--vocab_size=400", "--val_fraction=0.1", "--workers=1", **options)
 
-    def __init__(self, script, *words, before=nothing):
-        Run.number += 1
-        self.script = script
-        self.printed = [here / f"{Run.number}.{name}" for name in ("out", "err")]
-        target = (script, list(map(str, words)), self.printed, before)
-        self.process = multiprocessing.get_context("fork").Process(target=run_as_script, args=target)
-        self.process.start()
+# --------------------------------------------------------------------------------------------------
+# What must hold afterwards
 
-    def send(self, signum):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signum)
-
-    def end(self, seconds=300):
-        """(exit code, stdout, stderr) when it has ended; minus the signal where one ended it."""
-        self.process.join(seconds)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise Hang(f"still running after {seconds} seconds")
-        out, err = (path.read_text(errors="replace") if path.exists() else "" for path in self.printed)
-        must("Traceback" not in err, f"a traceback: {err[-1500:]}")
-        return self.process.exitcode, out, err
-
-    def line(self, code=None):
-        """The one line on stderr with which it ended."""
-        found, _, err = self.end()
-        must(err.startswith("error: ") and err.count("\n") == 1 and found in ((1, 2) if code is None else (code,)), f"exit code {found}: {err[:500]}")
-        return err
-
-
-def train(folder, *words, resume=False, before=nothing):
-    return Run("train.py", *SETTINGS, f"--data_dir={here / 'data'}", f"--out_dir={folder}", f"--resume={resume}", *words, before=before)
-
-
-def go_on(folder, *words, **options):
-    """Train in a folder, from where it stands."""
-    return train(folder, *words, resume=(folder / "config.json").exists(), **options)
-
-
-def fresh(name="run"):
-    """A new folder's path."""
-    Run.number += 1
-    return here / f"{name}{Run.number}"
-
-
-def copied(name="run"):
-    return Path(shutil.copytree(here / "straight", fresh(name)))
-
-
-def same(one, other):
-    """Whether two checkpoints, or parts of them, are equal to the bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and one == other
-
+def fresh():
+    return here / f"run{next(numbers)}"
 
 def log_of(folder):
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in runs.read_log(str(folder))]
+    """The log without what differs from run to run, and the steps in it."""
+    log = [{key: x for key, x in line.items() if key not in ("seconds", "tokens_per_second")}
+           for line in read_log(folder)]
+    return log, [line["step"] for line in log if line["kind"] != "eval"]
 
+def same_weights(folder):
+    """Weights, head, moments of AdamW and spectra are those of the undisturbed run, byte for byte."""
+    for name in ("model.safetensors", "head.safetensors", "optimizer.safetensors", "spectra.npz"):
+        one, other = (run / last / name for run in (folder, straight))
+        assert one.read_bytes() == other.read_bytes(), f"another {name}"
 
-def equals_straight(folder):
-    """The run in a folder is the undisturbed one: log but times, weights, moments; nothing lies about."""
-    must(log_of(folder) == log_of(here / "straight"), "the log is another")
-    steps = [line["step"] for line in log_of(folder) if line["kind"] != "eval"]
-    must(steps == [*range(1, 25)], f"the log's steps are {steps}")
-    one, other = (runs.load_checkpoint(str(out / "ckpt_000024.pt")) for out in (here / "straight", folder))
-    must(all(same(one[part], other[part]) for part in ("model", "head", "optimizer", "step")), "the weights are others")
-    must(not list(folder.glob("*.tmp")), f"left behind: {[path.name for path in folder.glob('*.tmp')]}")
-
-
-def stands(folder):
-    """Whatever happened to a run, what is in its folder is whole."""
-    for path in runs.checkpoints(str(folder)).values():
-        state, line = outcome(lambda path=path: runs.load_checkpoint(path))
-        must(not line, line)
-        must(all(p.isfinite().all() for p in [*state["model"].values(), *state["head"].values()]), f"{path} is not finite")
-    for path in folder.glob("spectra_*.npz"):
-        with np.load(path) as arrays:
-            must(all(len(arrays[name]) >= 0 if arrays[name].ndim else True for name in arrays), f"{path} is torn")
-    lines, line = outcome(lambda: runs.read_log(str(folder)))
-    must(not line, line)
-    steps = [line["step"] for line in lines if line["kind"] in ("lm", "meta")]
-    must(steps == [*range(1, len(steps) + 1)], f"the log's steps are {steps}")
-    must("NaN" not in (folder / "log.jsonl").read_text() if lines else True, "the log holds NaN")
-
-
-def lines_in(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait(run, ready, seconds=120):
-    """Until `ready` or the end of the run."""
-    until = time.time() + seconds
-    while not ready() and run.process.exitcode is None:
-        must(time.time() < until, "waited too long")
-        time.sleep(0.001)
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
-# kill, signals, disk, nan: all end as the undisturbed run
-
-
-def moment(run, folder, spoken):
-    """Wait for a random moment: of the start (with `spoken` after the first word), or a random number of lines of the log and a bit more."""
-    if spoken:
-        wait(run, lambda: run.printed[0].exists() and run.printed[0].stat().st_size)
-    if rng.random() < 0.15:
-        time.sleep(rng.uniform(0, 0.7))
-        return
-    wanted = lines_in(folder / "log.jsonl") + rng.randrange(1, 14)
-    begun = time.time()  # a resumed run cuts the log back first, so that lines may be fewer than they were
-    wait(run, lambda: lines_in(folder / "log.jsonl") >= wanted or time.time() > begun + 8)
-    time.sleep(rng.uniform(0, 0.04))
-
-
-def interruptions(number, strike, spoken=False):
-    """Cases: runs interrupted by `strike(run)` at random moments and gone on from, again and again; those that come to their end are compared."""
+def disturbed(times, disturb, *words):
+    """A run that disturb(folder) disturbs is whole, and continues to be the undisturbed one; a note."""
     folder = fresh()
-
-    def interrupt():
-        nonlocal folder
-        run = go_on(folder)
-        moment(run, folder, spoken)
-        found = strike(run)
-        half = list(folder.glob("*.tmp"))
+    for _ in range(times):
+        note = disturb(folder, *words) or ("in a checkpoint" if list(folder.glob("*.tmp")) else "")
         if folder.exists():
             stands(folder)
-        if run.process.exitcode == 0:
-            equals_straight(folder)
-            folder = fresh()
-        return "with a file half written" if half else found
+    ends(True, end(train(folder)))
+    same_weights(folder)
+    assert log_of(folder) == log_of(straight), "another log"
+    assert set(checkpoints(folder)) >= set(checkpoints(straight)) and not list(folder.glob("*.tmp"))
+    shutil.rmtree(folder)
+    return note
 
-    def last():
-        code, _, err = go_on(folder).end()
-        must(code == 0, err)
-        equals_straight(folder)
-        return "gone on to an end equal to the undisturbed run's"
+def stands(folder):
+    """Whatever happened to a run, what is in its folder is whole and finite."""
+    for number, path in enumerate(reversed(checkpoints(folder).values())):
+        loaded = load_model(path)
+        for name, sha256 in loaded.state["sha256"].items():
+            pruned = number >= 2 and name == "optimizer.safetensors"
+            assert pruned or sha256_of(f"{path}/{name}") == sha256, f"{path}/{name} is torn"
+        weights = [*loaded.model.state_dict().values(), *loaded.head.values()]
+        assert all(p.isfinite().all() for p in weights), f"{path} is not finite"
+    log, steps = log_of(folder)
+    assert steps == list(range(1, len(steps) + 1)), f"the log has the steps {steps}"
+    assert not any(word in json.dumps(log) for word in ("NaN", "Infinity")), "the log is not finite"
 
-    return [("interruption", interrupt)] * number + [("to the end", last)]
+# --------------------------------------------------------------------------------------------------
+# Kills, signals, full disks, numbers that are not finite. Afterwards a run continues as if nothing was.
 
+def kill_at(folder, count):
+    """SIGKILL just before this process opens, renames or removes the count-th file in `folder`."""
+    def look(event, details):
+        nonlocal count
+        touches = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")
+        count -= touches and str(details[0]).startswith(f"{folder}/")
+        if count == 0:
+            signal.raise_signal(signal.SIGKILL)
 
-def kill(n):
-    def strike(run):
-        run.send(signal.SIGKILL)
-        run.process.join()
-        return None
+    sys.addaudithook(look)
 
-    attempts("kill -9, training", interruptions(n(4, 100), strike))
-    whole = {path.name: path.read_bytes() for path in (here / "data" / "docstrings").iterdir()}
-    place = fresh("data")
+def kill(usual):
+    def at_any_time(folder):
+        pid = train(folder)
+        time.sleep(rng.uniform(0, usual.duration))
+        os.kill(pid, signal.SIGKILL)
+        end(pid)
 
-    def prepare():
-        run = prepared(place)
-        time.sleep(rng.uniform(0, 1.5))
-        run.send(signal.SIGKILL)
-        run.process.join()
+    def at_a_file(folder):
+        count = rng.randrange(1, 190)
+        end(train(folder, before=lambda: kill_at(folder, count)))
+
+    def preparation():
+        def hook():
+            time.time = lambda: next(ticks)  # progress is saved each half minute: now after each document
+            kill_at(place, count)
+
+        place, count, ticks = fresh(), rng.randrange(1, 100), itertools.count(0, 31)
+        end(prepare(place, before=hook))
         if (place / "docstrings" / "meta.json").exists():
-            must(not outcome(lambda: runs.load_corpus(str(place / "docstrings")))[1], "a torn corpus has a meta.json")
-        return None
+            load_corpus(place / "docstrings")
+        ends(True, end(prepare(place)))
+        one, other = ({path.name: path.read_bytes() for path in (folder / "docstrings").iterdir()}
+                      for folder in (place, here))
+        assert one == other, "another corpus"
 
-    def to_the_end():
-        must(prepared(place).end()[0] == 0, "did not go on")
-        must({path.name: path.read_bytes() for path in (place / "docstrings").iterdir()} == whole, "the corpus is another")
-        shutil.rmtree(place)
-        return "gone on to the same bytes"
+    attempts("kill -9 at any time", disturbed, [(n(1, 2), at_any_time)] * n(1, 40))
+    attempts("kill -9 at any file", disturbed, [(n(1, 2), at_a_file)] * n(1, 40))
+    attempts("kill -9, preparing a corpus", preparation, [()] * n(1, 30))
 
-    attempts("kill -9, preparing a corpus", ([("kill", prepare)] * n(1, 4) + [("to the end", to_the_end)]) * n(1, 5))
+def signals(usual):
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    codes = (0, *(128 + kind for kind in kinds), *(-kind for kind in kinds))
 
-
-def prepared(place, **options):
-    return Run("data/prepare.py", "docstrings", f"--packages={PACKAGES}", f"--data_dir={place}", "--vocab_size=1000", "--val_fraction=0.2",
-               "--workers=1", **options)  # fmt: skip
-
-
-def signals(n):
-    def strike(run):
-        run.send(rng.choice((signal.SIGINT, signal.SIGTERM)))
-        if rng.random() < 0.5:
+    def strike(folder):
+        pid = train(folder)
+        while not printed(pid, 1):
+            time.sleep(0.001)  # until its first word it may be Python that answers
+        time.sleep(rng.uniform(0, usual.duration / 3))
+        for _ in range(rng.randrange(1, 3)):
+            os.kill(pid, rng.choice(kinds))
             time.sleep(rng.uniform(0, 0.05))
-            run.send(rng.choice((signal.SIGINT, signal.SIGTERM)))
-        code, _, err = run.end()
-        must(code in (0, 130, 143, -signal.SIGINT, -signal.SIGTERM) and not err, f"exit code {code}: {err[:300]}")
-        return "saved its step" if code > 0 else "left at once" if code < 0 else None
-
-    # Before train.py has said its first word it may be Python that answers, with its KeyboardInterrupt.
-    attempts("SIGTERM and SIGINT, also twice", interruptions(n(3, 60), strike, spoken=True))
-
-    def second():
-        folder = fresh()
-        first = train(folder)
-        wait(first, lambda: lines_in(folder / "log.jsonl") > rng.randrange(1, 9))
-        first.send(signal.SIGSTOP)  # so that it certainly is not over yet
-        try:
-            for resume in (False, True):
-                line = train(folder, resume=resume).line(2)
-                must("another process is at work" in line, line)
-        finally:
-            first.send(signal.SIGCONT)
-        must(first.end()[0] == 0, "the first one did not end well")
-        equals_straight(folder)
-
-    attempts("a second process in the same folder", [("second", second)] * n(1, 10))
-
-
-def disk(n):
-    """A limit on the size of files: what is written beyond it fails as on a full disk. Python ignores the signal that comes with it."""
-
-    def limited(size):
-        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-    def full(words, low, high, what):
-        def case():
-            folder = fresh()
-            line = train(folder, *words, before=limited(rng.randrange(low, high))).line(1)
-            must(what in line and "free space" in line and "untouched" in line, line)
-            stands(folder)
-            must(not list(folder.glob("*.tmp")), "a .tmp is left behind")
-            must(go_on(folder).end()[0] == 0, "did not go on")
-            equals_straight(folder)
-
-        return case
-
-    size = (here / "straight" / "ckpt_000024.pt").stat().st_size
-    attempts("full disk, checkpoint", [("checkpoint", full([], 30_000, size, "ckpt_"))] * n(1, 30))
-    late = ["--ckpt_interval=100"]  # nothing but the log is written until the end
-    attempts("full disk, log", [("log", full(late, 11_500, 15_000, "log.jsonl"))] * n(1, 20))
-
-    def figure():
-        folder = copied()
-        before = (folder / "curves.png").read_bytes()
-        line = train(folder, resume=True, before=limited(rng.randrange(30_000, len(before)))).line(1)
-        must("curves.png" in line and "free space" in line, line)
-        must((folder / "curves.png").read_bytes() == before, "the figure is another")
-        equals_straight(folder)
-
-    def corpus():
-        place = fresh("data")
-        size = (here / "data" / "docstrings" / "train.bin").stat().st_size
-        code, _, err = prepared(place, before=limited(rng.randrange(20_000, size))).end()
-        must(code == 2 and "error: " in err and "free space" in err, f"exit code {code}: {err}")
-        must(not (place / "docstrings" / "meta.json").exists(), "half a corpus has a meta.json")
-        shutil.rmtree(place)
-
-    attempts("full disk, figure", [("figure", figure)] * n(1, 10))
-    attempts("full disk, preparing a corpus", [("corpus", corpus)] * n(1, 10))
-
-
-def nan(n):
-    """A number that is none, at a random place of a random step, put there by a hook around a function that train.py calls."""
-
-    def case(where):
-        def run():
-            bad, spot = rng.choice((math.nan, math.inf, -math.inf)), rng.random()
-            at = rng.choice([step for step in range(1, 25) if where != "batch" or step % 3 != 1])  # before those it would meet an evaluation
-            folder = fresh()
-
-            def hook():
-                clip, features, step = torch.nn.utils.clip_grad_norm_, model_file.Llama.features, 1
-
-                def clip_and_count(parameters, *rest):
-                    nonlocal step
-                    if step == at and where != "batch":
-                        tensors = [p.data if where == "weights" else p.grad for p in parameters if where == "weights" or p.grad is not None]
-                        tensor = tensors[int(spot * len(tensors))].view(-1)
-                        tensor[int(spot * 1e6) % len(tensor)] = bad
-                    step += 1
-                    return clip(parameters, *rest)
-
-                def features_and_batch(self, idx):
-                    found = features(self, idx)
-                    if step == at and where == "batch" and torch.is_grad_enabled():
-                        found = found + torch.where(torch.rand(()) >= 0, bad, 0.0)
-                    return found
-
-                torch.nn.utils.clip_grad_norm_, model_file.Llama.features = clip_and_count, features_and_batch
-
-            line = train(folder, before=hook).line(1)
-            must(line.startswith(f"error: step {at}: "), f"not found at step {at}: {line}")
-            must(max((line["step"] for line in log_of(folder)), default=0) < at, "the step was logged")
-            stands(folder)
-            must(go_on(folder).end()[0] == 0, "did not go on")
-            equals_straight(folder)
-
-        return run
-
-    for where in ("weights", "gradients", "batch"):
-        attempts(f"not a finite number, {where}", [(where, case(where))] * n(1, 20))
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
-# configs
-
-
-def configs(n):
-    """Nonsense in the settings: through `check`, as words of the command line and as config files; and some as real starts."""
-    text = (ROOT / "train.py").read_text().partition("\nwith contextlib.redirect_stderr(")[0]  # all that stands before it looks at the command line
-    script = types.ModuleType("train")
-    script.__file__ = str(ROOT / "train.py")
-    before = signal.getsignal(signal.SIGINT)
-    exec(compile(text, "train.py", "exec"), script.__dict__)
-    signal.signal(signal.SIGINT, before)
-    kinds = {name: field.type for name, field in script.Config.__dataclass_fields__.items()}
-    words = ("head auto cpu cuda float16 bfloat16 int8 linear cosine constant before mask last all norms mlp off stop vanilla meta 0,1 1,1 7 -1 , "
-             "stairs docstrings ../data /dev/null").split() + ["", " ", "a\nb", "\0", "\ud800", "ä" * 300, "$(touch x)", "%s", "'"]  # fmt: skip
-    wild = {
-        int: [-(10**400), -(2**63), -1, 0, 1, 2, 3, 5, 7, 8, 12, 64, 1000, 65_537, 10**6, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 10**30, 10**400],
-        float: [math.nan, math.inf, -math.inf, -1.0, -0.0, 0.0, 5e-324, 1e-30, 0.01, 0.3, 0.5, 1.0, 1.5, 2, 10.0, 1e30, 1e308, 10**400],
-        bool: [True, False], str: words,
-    }  # fmt: skip
-    other = [None, [], {}, 1j, b"x", (), "text", 3, 0.5, True, np.float32(1), np.zeros(1000), len]
-
-    def names_a_setting(line):
-        must(any(name in line for name in [*kinds, "wild.py, line", "setting"]), f"names no setting: {line}")
-
-    def checked():
-        chosen = {name: rng.choice(wild[kinds[name]] if rng.random() < 0.9 else other) for name in rng.sample(list(kinds), rng.randrange(1, 7))}
-        if rng.random() < 0.1:
-            chosen[rng.choice(("lrr", "", "out-dir", "class", "__doc__"))] = 1
-        if rng.random() < 0.5:
-            arguments = [f"--{name}={value if not isinstance(value, int) or abs(value) < 2**64 else hex(value)}" for name, value in chosen.items()]
-        else:
-            path = here / "wild.py"
-            numpy_array = "import numpy as _np\n"
-            written = {name: repr(value).replace("array", "_np.array").replace("np.float32", "_np.float32") for name, value in chosen.items()}
-            written = {name: "len" if "built-in" in text else "_np.zeros(1000)" if "_np.array" in text else text for name, text in written.items()}
-            written = {name: f"float('{text}')" if text in ("nan", "inf", "-inf") else text for name, text in written.items()}
-            lines = [f"{name} = {'-' * (value < 0)}10**400" if type(value) is int and abs(value) == 10**400 else f"{name} = {written[name]}"
-                     for name, value in chosen.items()]  # fmt: skip
-            path.write_bytes((numpy_array + "\n".join(lines) + "\0" * (rng.random() < 0.02)).encode(errors="surrogatepass"))
-            arguments = [str(path)]
-
-        def both():
-            config, _ = configurator.load(script.Config, arguments)
-            script.check(config)
-
-        _, line = outcome(both)
-        if line:
-            names_a_setting(line)
-        return "refused" if line else "taken"
-
-    attempts("random settings, checked", [("settings", checked)] * n(100, 2000))
-
-    def started():
-        small = {int: [-1, 0, 1, 2, 3, 5, 7, 8, 12, 64, 300, 10**9, 2**62], float: wild[float][:-1], bool: [True, False], str: words[:-9] + ["", "ä"]}
-        kept_out = {"wandb", "wandb_project", "resume", "out_dir", "data_dir", "compile", "max_steps", "eval_steps", "batch_size", "expected"}
-        chosen = {name: rng.choice(small[kinds[name]]) for name in rng.sample(sorted(set(kinds) - kept_out), rng.randrange(1, 4))}
-        folder = fresh()
-        arguments = [f"--{name}={value}" for name, value in ({"max_steps": 3, "warmup_steps": 1} | chosen).items()]
-        run = train(folder, *arguments, before=lambda: resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, resource.RLIM_INFINITY)))
-        try:
-            code, out, err = run.end(60)
-        except Hang:
-            must("step " in run.printed[0].read_text(), f"neither a run nor a line: {arguments}")
-            return "ran on"  # such a large model takes its time
-        shutil.rmtree(folder, ignore_errors=True)
-        if code == 0:
-            return "ran"
-        must(code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1, f"{arguments}: exit code {code}: {err[:500]}")
-        names_a_setting(err)
-        return "refused"
-
-    attempts("random settings, started", [("start", started)] * n(2, 50))
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
-# bits: damaged files
-
-
-def flipped(data, bit):
-    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
-
-
-def mutations(data, flips, cuts):
-    """(name, function that makes it) of `data` with one bit flipped, or cut short."""
-    bits, lengths = [rng.randrange(8 * len(data)) for _ in range(flips)], [rng.randrange(len(data)) for _ in range(cuts)]
-    return [(f"bit {bit} flipped", lambda bit=bit: flipped(data, bit)) for bit in bits] + [
-        (f"cut to {length} bytes", lambda length=length: data[:length]) for length in lengths]  # fmt: skip
-
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def bits(n):
-    folder, corpus = copied("damaged"), here / "damaged corpus"
-    shutil.copytree(here / "data" / "docstrings", corpus)
-    arrays = dict(np.load(folder / "spectra_000024.npz"))
-    good_log, good_state = log_of(folder), runs.load_checkpoint(str(folder / "ckpt_000024.pt"))
-    good_corpus = runs.load_corpus(str(corpus))
-    tokens = good_corpus.train.tolist()
-
-    def state():
-        found = runs.load_checkpoint(str(folder / "ckpt_000024.pt"))
-        must(same(found, good_state), "other numbers were read")
-
-    def text():
-        found = runs.load_corpus(str(corpus))
-        must(found.train.tolist() == tokens and found.encoding._mergeable_ranks == good_corpus.encoding._mergeable_ranks, "another text was read")
-        return "read with another value" if found.meta != good_corpus.meta else None
-
-    def spectra():
-        try:
-            with np.load(folder / "spectra_000024.npz") as file:
-                found = {name: file[name] for name in file}
-        except Exception as error:  # nothing of ours reads these files: whoever does is told by numpy
-            runs.fail(" ".join(str(error).split()) or type(error).__name__)
-        must(all(name in arrays and np.array_equal(found[name], arrays[name]) for name in found), "other numbers were read")
-        return "read less some arrays" if len(found) < len(arrays) else None  # the zip's directory is not under its checksums: it can lose some
-
-    def settings():
-        found = runs.read_json(str(folder / "config.json"))
-        return "read with another value" if found != good_config else None
-
-    def log():
-        found = log_of(folder)
-        return None if found == good_log else "recovered, less the last line" if found == good_log[:-1] else "read with another value"
-
-    def exported():
-        must(same(export_hf.weights_of(str(hub))[1], good_weights), "other numbers were read")
-
-    good_config = runs.read_json(str(folder / "config.json"))
-    hub = fresh("hub")
-    must(Run("export_hf.py", here / "straight", hub).end()[0] == 0, "the run was not exported")
-    good_weights = export_hf.weights_of(str(hub))[1]
-    readers = {
-        folder / "ckpt_000024.pt": state, corpus / "train.bin": text, corpus / "tokenizer.tiktoken": text, folder / "spectra_000024.npz": spectra,
-        hub / "model.safetensors": exported, corpus / "meta.json": text, folder / "config.json": settings, folder / "log.jsonl": log,
-    }  # fmt: skip
-    usual = {path: reader() for path, reader in readers.items()}
-    must(not any(usual.values()), "the undamaged files are not read as they are")
-    memory = peak()
-    for path, reader in readers.items():
-        data = path.read_bytes()
-
-        def damaged(make, path=path, reader=reader, data=data):
-            content = make()
-            path.write_bytes(content)
-            before = peak()
-            try:
-                found, line = outcome(reader)
-            finally:
-                path.write_bytes(data)
-            must(peak() <= max(before, 2 * memory), f"{peak() / memory:.1f} times the memory")
-            cut = len(content) < len(data)
-            must(not (cut and path.suffix in (".pt", ".bin", ".tiktoken", ".npz", ".safetensors")) or line, "what was cut short was taken for whole")
-            return "refused" if line else found or "read as it was"
-
-        rng.seed(f"{args.seed} {path.name}")
-        cases = [(name, lambda make=make: damaged(make)) for name, make in mutations(data, n(40, 1000), n(10, 200))]
-        attempts(f"damaged {path.name}", cases)
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
-# fuzz: text for the evaluations
-
-IOB2 = """# sent_id = 1
-# text = Anna Berg lives in Oslo.
-1	Anna	B-PER	-	me
-2	Berg	I-PER	-	me
-3	lives	O	-	me
-4	in	O	-	me
-5	Oslo	B-LOC	-	me
-6	.	O	-	me
-
-# sent_id = 2
-# text = UNICEF works in Paris.
-1	UNICEF	B-ORG	-	me
-2	works	O	-	me
-3	in	O	-	me
-4	Paris	B-LOC	-	me
-5	.	O	-	me
-
-"""
-STRANGE = ["\t", "\n", "\r", "\0", " ", "\u2028", "\ufeff", "\\ud800", "{", "}", "[", '"', "B-", "I-PER", "null", "1e999", "-", "9" * 50, "é"]
-
-
-def spoiled(text):
-    """`text` with a few random pieces taken out, doubled, or replaced by something strange."""
-    for _ in range(rng.randrange(1, 5)):
-        start = rng.randrange(len(text) + 1)
-        end = min(len(text), start + rng.choice((0, 1, 1, 2, 8, 60)))
-        piece = rng.choice(("", text[start:end] * 2, rng.choice(STRANGE), rng.choice(STRANGE), chr(rng.randrange(0xD800))))
-        text = text[:start] + piece + text[end:]
-    data = bytearray(text.encode())
-    if rng.random() < 0.2 and data:
-        data[rng.randrange(len(data))] = rng.randrange(256)
-    return bytes(data)
-
-
-def fuzz(n):
-    encoding = runs.load_tokenizer(str(here / "straight"))
-    config = eval_ner.Config(length=32)
-    rows = [{"text": text, "label": label} for text, label in [("Anna Berg lives in Oslo.", "a"), ("UNICEF works in Paris.", "b")] * 4]
-    jsonl = "".join(json.dumps(row) + "\n" for row in rows)
-
-    def iob2():
-        path = here / "spoiled.iob2"
-        path.write_bytes(spoiled(IOB2))
-
-        def read():
-            sentences = eval_ner.read_iob2(str(path))
-            found = eval_ner.rows_of(encoding, sentences, config)
-            must(sum(map(len, found.tags)) == sum(len(s.words) for s in sentences), "words were lost")
-            return eval_ner.score(sentences, [s.tags for s in sentences])
-
-        return "refused" if outcome(read)[1] else "read"
-
-    def lines():
-        path = here / "spoiled.jsonl"
-        path.write_bytes(spoiled(jsonl))
-        columns = rng.choice((["text"], ["text", "label"]))
-        return "refused" if outcome(lambda: runs.read_files([str(path)], columns))[1] else "read"
-
-    def tokenizer():
-        """Spoiled, but with a checksum that matches: as somebody would who means harm."""
-        folder = here / "spoiled tokenizer"
-        folder.mkdir(exist_ok=True)
-        content = spoiled((here / "straight" / "tokenizer.tiktoken").read_text())
-        meta = runs.read_json(str(here / "straight" / "meta.json"))
-        meta["sha256"]["tokenizer.tiktoken"] = hashlib.sha256(content).hexdigest()
-        (folder / "tokenizer.tiktoken").write_bytes(content)
-        (folder / "meta.json").write_text(json.dumps(meta))
-
-        def use():
-            found = runs.load_tokenizer(str(folder))
-            found.decode(found.encode_ordinary("".join(map(chr, range(0x2000)))))
-
-        return "refused" if outcome(use)[1] else "read"
-
-    def strange_text():
-        text = "".join(rng.choice([*STRANGE, "word", " the", chr(rng.randrange(0x110000)), " " * rng.choice((1, 10**4, 10**6))]) for _ in range(30))
-        ids, line = outcome(lambda: encoding.encode_ordinary(text))
-        must(not line and encoding.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "another text came back")
-
-    attempts("spoiled IOB2 files", [("iob2", iob2)] * n(100, 2000))
-    attempts("spoiled jsonl files", [("jsonl", lines)] * n(10, 300))
-    attempts("spoiled tokenizers", [("tokenizer", tokenizer)] * n(30, 500))
-    attempts("strange text", [("text", strange_text)] * n(5, 100))
-
-    def evaluated(script, name, content, words):
-        def case():
-            folder, out = fresh("texts"), copied()
-            folder.mkdir()
-            for suffix in name:
-                (folder / suffix).write_bytes(spoiled(content) if suffix == name[0] else content.encode())
-            code, _, err = Run(script, out, *[word.format(folder) for word in words]).end()
-            told = [line for line in err.splitlines() if line.startswith("error: ")]
-            must(code == 0 or (code in (1, 2) and len(told) == 1), f"exit code {code}: {err[:500]}")
-            shutil.rmtree(out)
-            return "refused" if code else "scored"
-
-        return [(script, case)] * n(1, 20)
-
-    sentences = [f"da_ddt-ud-{split}.iob2" for split in ("train", "dev", "test")]
-    words = ["--uner_dir={}", "--mode=head", "--head_epochs=1", "--test=da_ddt"]
-    attempts("eval_ner.py on spoiled sentences", evaluated("eval_ner.py", sentences, IOB2, words))
-    words = ["--data={}", "--shots=1", "--n_episodes=2"]
-    attempts("eval_fewshot.py on spoiled examples", evaluated("eval_fewshot.py", ["t_train.jsonl", "t_test.jsonl"], jsonl, words))
-    attempts("eval_lm.py on spoiled text", evaluated("eval_lm.py", ["a.jsonl", "b.jsonl"], jsonl, ["--data={}"]))
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
-# hostile: files made to harm
-
+        done = end(pid)
+        assert done.code in codes and not done.err, f"exit code {done.code}: {done.err}"
+        if done.code > 0 and "saving after this step" in done.out:
+            assert max(checkpoints(folder)) == log_of(folder)[1][-1], "the last step was not saved"
+        return "saved" if done.code > 0 else "left at once" if done.code < 0 else "had ended"
+
+    attempts("SIGINT, SIGTERM, SIGHUP, also twice", disturbed, [(n(1, 2), strike)] * n(1, 40))
+
+def disk(usual):
+    """What is written beyond a limit on the size of files fails, as on a full disk."""
+    def full(folder, begin, low, high, *words):
+        limit = (rng.randrange(low, high), resource.RLIM_INFINITY)
+        done = end(begin(folder, *words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))
+        assert "Free space" in ends(False, done).err, done.err
+
+    def figure(folder, low, high):
+        shutil.copytree(straight, folder)
+        full(folder, train, low, high)
+        assert (folder / "curves.png").read_bytes() == (straight / "curves.png").read_bytes()
+
+    def corpus(low, high):
+        place = fresh()
+        full(place, prepare, low, high)
+        assert not (place / "docstrings" / "meta.json").exists(), "half a corpus has a meta.json"
+
+    log, curves, moments = ((straight / name).stat().st_size for name in (
+        "log.jsonl", "curves.png", f"{last}/optimizer.safetensors"))
+    attempts("full disk, checkpoint", disturbed, [(1, full, train, log, moments)] * n(1, 30))
+    no_checkpoints = f"--ckpt_interval={STEPS}"  # nothing else is written before the end, but for config.json
+    attempts("full disk, log", disturbed, [(1, full, train, 2500, log, no_checkpoints)] * n(1, 20))
+    attempts("full disk, figure", disturbed, [(1, figure, log, curves)] * n(1, 10))
+    attempts("full disk, preparing a corpus", corpus, [(10, 50_000)] * n(1, 20))
+
+def nan(usual):
+    """Hooks around functions that train.py calls put in a number that is not finite."""
+    def infect(folder, where):
+        at, spot, bad = rng.randint(1, STEPS), rng.randrange(10**6), rng.choice((math.nan, math.inf))
+        steps, clip, features = [], torch.nn.utils.clip_grad_norm_, Llama.features
+
+        def spoiled_clip(parameters, *rest):
+            steps.append(1)
+            if len(steps) == at and where != "batch":
+                with_grad = [p for p in parameters if p.grad is not None]
+                p = with_grad[spot % 2 * spot % len(with_grad)]  # often of an embedding that is not read
+                (p.data if where == "weights" else p.grad).view(-1)[spot % p.numel()] = bad
+            return clip(parameters, *rest)
+
+        def spoiled_features(self, idx):
+            return features(self, idx) + (bad if len(steps) == at - 1 and where == "batch" else 0.0)
+
+        def hook():
+            torch.nn.utils.clip_grad_norm_, Llama.features = spoiled_clip, spoiled_features
+
+        line = ends(False, end(train(folder, before=hook))).err  # error: step 7: ...
+        assert at - 1 <= int(line.split()[2][:-1]) <= at + 2, f"step {at}: {line}"  # a checkpoint is every 2
+
+    for where in rng.sample(("weights", "gradients", "batch"), n(1, 3)):
+        attempts(f"not a finite number in {where}", disturbed, [(1, infect, where)] * n(1, 20))
+
+# --------------------------------------------------------------------------------------------------
+# Malice and damage: a file of a run, of its newest checkpoint or of its corpus becomes another
 
 class Payload:
-    """What pickle makes of it is a call of os.mkdir: it leaves a marker."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
+    """What unpickling makes of it is a call of os.mkdir: it leaves a marker."""
     def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
+        return os.mkdir, (str(marker),)
 
+def tensors(header, size=None):
+    """A .safetensors file with a header that may lie about its own size, and four bytes."""
+    return (len(header) if size is None else size).to_bytes(8, "little") + header + bytes(4)
 
-def hostile(n):
-    """Each case damages a copy of the run or of the corpus; a script then reads it, and must end with one line, the marker not being there."""
-    marker = here / "marker"
-    newest, state = "ckpt_000024.pt", runs.load_checkpoint(str(here / "straight" / "ckpt_000024.pt"))
+PICKLE, NESTED, HUGE = pickle.dumps(Payload()), b"[" * 10**6, b'{"step": ' + b"9" * 10**5 + b"}"
+LIE = b'{"model.norm.weight":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}'
+LIES = [PICKLE, *(tensors(LIE % sizes) for sizes in ((10**12, 4 * 10**12), (10**12, 4), (2**62, 4))),
+        tensors(b"{}", 2**62), tensors(NESTED)]
+STEP, INDEX = f"step_{STEPS - 2:06d}", "model.safetensors.index.json"
+KEYS = "num_hidden_layers hidden_size intermediate_size vocab_size max_position_embeddings".split()
+HOSTILE = {  # what a file becomes, or what changes in its JSON
+    "model.safetensors": LIES, "head.safetensors": LIES, "optimizer.safetensors": LIES,
+    "pytorch_model.bin": [PICKLE],  # instead of model.safetensors, as the index
+    INDEX: [NESTED, b'{"weight_map": {"norm": "pytorch_model.bin"}}',
+            json.dumps({"weight_map": {"norm": f"../../straight/{last}/model.safetensors"}}).encode()],
+    "config.json": [NESTED, b"[]", HUGE, {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}},
+                    {"num_attention_heads": 0}, *({key: x} for key in KEYS for x in (-1, 10**6, 10**12))],
+    "tokenizer.json": [NESTED, b"[]", {"model": {"type": "BPE", "merges": [], "vocab": {"a": 2**26}}}],
+    "state.json": [NESTED, b"[]", HUGE, {"sha256": [1]}, {"settings": [1]}, {"step": "2"}, {"step": 2},
+                   {"step": 10**400}, {"progress": []}, {"scaler": [1]}],
+    "../config.json": [NESTED, b"3", {"d_model": 10**400}],
+    "../log.jsonl": [NESTED + b"\n", b"3\n", HUGE + b"\n", b'{"step": 1, "kind": "lm"}\n'],
+    "../docstrings/meta.json": [NESTED, b"[]", HUGE, *({key: x} for key in ("vocab_size", "sha256", "splits")
+                                                       for x in (10**12, "448", [1], {}))],
+    "../docstrings/train.bin": [PICKLE], "../docstrings/tokenizer.tiktoken": [PICKLE],
+}
 
-    def saved(folder, **changes):
-        torch.save(state | changes, folder / newest)
+def spoiled(name, content, usual, signed):
+    """A run continues with a changed file, signed or not; a model without state.json only writes."""
+    folder = shutil.copytree(here / "whole", fresh())
+    path, state = folder / STEP / name, folder / STEP / "state.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_bytes()) | content).encode()
+    (folder / STEP / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    (folder / STEP / "pytorch_model.bin").write_bytes(PICKLE)
+    path.write_bytes(content)
+    if name in ("pytorch_model.bin", INDEX):
+        (folder / STEP / "model.safetensors").unlink()
+        state.unlink()
+        done = end(start("sample.py", folder / STEP))
+        assert done.code, "it was read"
+    else:
+        if signed and path.parent == state.parent and path != state:
+            signature = json.loads(state.read_bytes())
+            signature["sha256"][name] = sha256_of(path)
+            state.write_text(json.dumps(signature))
+        done = end(train(folder, f"--data_dir={folder}"))
+    if ends(done.code == 0, done).code == 0:
+        same_weights(folder)
+    assert done.memory < usual.memory + 100 and "emory" not in done.err, f"{done.memory:.0f} MiB: {done.err}"
+    assert not marker.exists(), "code ran"
+    shutil.rmtree(folder)
+    return "refused" if done.code else "read"
 
-    def payload(folder):
-        saved(folder, model={"norm.weight": Payload(marker)})
+def hostile(usual):
+    cases = [(name, content, usual, True) for name, contents in HOSTILE.items() for content in contents]
+    attempts("hostile files", spoiled, cases if args.long else rng.sample(cases, 5))
 
-    def payload_in_optimizer(folder):
-        saved(folder, optimizer={"state": Payload(marker)})
+def bits(usual):
+    def damaged(name, cut):
+        content = bytearray((here / "whole" / STEP / name).read_bytes())
+        place = rng.randrange(len(content))
+        content[place] ^= 1 << rng.randrange(8)
+        return spoiled(name, bytes(content[:place] if cut else content), usual, False)
 
-    def bare_pickle(folder):
-        (folder / newest).write_bytes(pickle.dumps(Payload(marker)))
+    names = [name for name in HOSTILE if name not in ("pytorch_model.bin", INDEX, "../docstrings/meta.json")]
+    cases = list(itertools.product(names, [False] * n(1, 40) + [True] * n(1, 10)))
+    attempts("flipped bits and cut files", damaged, cases if args.long else rng.sample(cases, 5))
 
-    def legacy_pickle(folder):
-        torch.save(state | {"model": Payload(marker)}, folder / newest, _use_new_zipfile_serialization=False)
-
-    def bomb(folder):
-        """A zip whose records unpack to a thousand times its size."""
-        with zipfile.ZipFile(folder / newest) as old, zipfile.ZipFile(folder / "bomb", "w", zipfile.ZIP_DEFLATED) as new:
-            for record in old.infolist():
-                new.writestr(record.filename, old.read(record) if not record.filename.endswith("data/0") else bytes(10**8))
-        os.replace(folder / "bomb", folder / newest)
-
-    def wide(folder):
-        saved(folder, config=state["config"] | {"d_model": 4 * 10**9})
-
-    def deep(folder):
-        saved(folder, config=state["config"] | {"n_layers": 10**12})
-
-    def stretched(folder):
-        """A weight of 4e18 numbers, all of them one number in the file."""
-        big = torch.zeros(1).expand(2 * 10**9, 2 * 10**9)
-        saved(folder, model=state["model"] | {"embedding.weight": big}, config=state["config"] | {"vocab_size": 2 * 10**9, "d_model": 2 * 10**9})
-
-    def no_dict(folder):
-        torch.save(["model", "head", "optimizer", "step", "progress", "config"], folder / newest)
-
-    def texts_for_weights(folder):
-        saved(folder, model={name: "text" for name in state["model"]})
-
-    def meta(**changes):
-        def change(folder):
-            path = folder / "meta.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-        return change
-
-    def raw(name, content):
-        return lambda folder: (folder / name).write_bytes(content)
-
-    def pipe(name):
-        def replace(folder):
-            (folder / name).unlink()
-            os.mkfifo(folder / name)
-
-        return replace
-
-    def tokenizer(ranks, **changes):
-        content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
-
-        def replace(folder):
-            (folder / "tokenizer.tiktoken").write_bytes(content)
-            meta(sha256={"tokenizer.tiktoken": hashlib.sha256(content).hexdigest()}, **changes)(folder)
-
-        return replace
-
-    in_run = [payload, payload_in_optimizer, bare_pickle, legacy_pickle, bomb, wide, deep, stretched, no_dict, texts_for_weights, pipe(newest)]
-    in_tokenizer = {
-        "nested meta.json": raw("meta.json", b"[" * 10**6), "list in meta.json": raw("meta.json", b"[]"),
-        "huge number in meta.json": raw("meta.json", b'{"vocab_size": ' + b"9" * 10**5 + b"}"),
-        "pipe for meta.json": pipe("meta.json"), "pipe for the tokenizer": pipe("tokenizer.tiktoken"),
-        "checksums lacking": meta(sha256={}), "checksums a list": meta(sha256=[1]),
-        "special tokens collide": meta(special_tokens={"<|endoftext|>": 5}),
-        "special tokens huge": meta(special_tokens={"<|endoftext|>": 998, "<|mask|>": 2**62}),
-        "no pattern": meta(pattern=""), "broken pattern": meta(pattern="("), "pattern a list": meta(pattern=["a"]),
-        "ranks twice": tokenizer([(bytes([i]), i) for i in range(256)] + [(b"ab", 255)]), "bytes lacking": tokenizer([(b"a", 0)]),
-        "negative rank": tokenizer([(bytes([i]), -i) for i in range(256)]),
-    }  # fmt: skip
-    in_corpus = in_tokenizer | {
-        "path outside as a file's name": meta(sha256={"../../../../etc/passwd": "0" * 64}), "splits lacking": meta(splits={}),
-        "vocabulary of 10^12": meta(vocab_size=10**12), "vocabulary a text": meta(vocab_size="1024"), "vocabulary too small": meta(vocab_size=64),
-        "sources outside": meta(sources=[{"name": "a", "val_range": [-5, 10**12]}]), "sources a number": meta(sources=3),
-        "no bytes": meta(splits=json.loads((here / "data/docstrings/meta.json").read_text())["splits"] | {"val": {"tokens": 0, "bytes": 0}}),
-        "tokens a text": meta(splits={"train": {"tokens": "5"}, "val": {"tokens": "5"}}),
-    }  # fmt: skip
-
-    def ends_in_a_line(script, damage, words=(), corpus=False):
-        def case():
-            folder = Path(shutil.copytree(here / "data" / "docstrings", fresh("data") / "docstrings")) if corpus else copied()
-            damage(folder)
-            if corpus:
-                run = Run("train.py", *SETTINGS, f"--data_dir={folder.parent}", f"--out_dir={fresh()}")
-            elif script == "train.py":
-                run = train(folder, "--max_steps=30", resume=True)
-            else:
-                run = Run(script, folder, *words)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            run.line()
-            must(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(2 * peak, 2**20), "twice the memory")
-            must(not marker.exists(), "the payload ran")
-            shutil.rmtree(folder)
-
-        return case
-
-    def every(cases):
-        return cases if args.long else [cases[0], rng.choice(cases[1:])]
-
-    cases = [(f"{damage.__name__}, sample.py", ends_in_a_line("sample.py", damage)) for damage in in_run]
-    cases += [(f"{damage.__name__}, train.py", ends_in_a_line("train.py", damage)) for damage in in_run if damage not in (wide, deep)]  # not asked
-    attempts("hostile checkpoints", every(cases))
-    cases = [(f"{name}, sample.py", ends_in_a_line("sample.py", damage)) for name, damage in in_tokenizer.items()]
-    attempts("hostile tokenizers in a run", every(cases))
-    cases = [(f"{name}, train.py", ends_in_a_line("train.py", damage, corpus=True)) for name, damage in in_corpus.items()]
-    attempts("hostile corpora", every(cases))
-    lines = [b"[" * 10**6 + b"\n", b'{"step": 1, "kind": "lm"}\n', b"3\n"]
-    contents = [("config.json", b"[" * 10**6), ("config.json", b"3"), ("config.json", b'{"lr": 1e999}'), *(("log.jsonl", line) for line in lines)]
-    cases = [(f"{name}: {content[:9]}", ends_in_a_line("train.py", raw(name, content))) for name, content in contents]
-    cases += [(f"pipe for {name}", ends_in_a_line("train.py", pipe(name))) for name in ("config.json", "log.jsonl")]
-    attempts("hostile settings and logs", every(cases))
-
-    def links():
-        """Every name that a run writes to is a link to a file outside, or to one that is not there yet."""
-        folder, outside = copied(), fresh("outside")
-        outside.mkdir()
-        for number, name in enumerate(("log.jsonl", "config.json", "meta.json", "tokenizer.tiktoken", "curves.png", "spectra_000024.npz", newest)):
-            victim = outside / f"{number}"
-            shutil.copyfile(folder / name, victim)
-            (folder / name).unlink()
-            (folder / name).symlink_to(victim)
-        for name in ("log.jsonl", "config.json", "curves.png", "ckpt_000027.pt", "spectra_000027.npz", "eval_lm.json", "eval_lm.png", "phase.png"):
-            (folder / f"{name}.tmp").symlink_to(outside / "new")
-        for name in ("ckpt_000027.pt", "eval_lm.json", "eval_lm.png", "phase.png", "heat.png", "spectra.csv"):
-            (folder / name).symlink_to(outside / "new")
-        (folder / "ner").symlink_to(outside)
-        before = {path.name: path.read_bytes() for path in outside.iterdir()}
-        (folder / "ckpt_000027.pt").unlink()
-        texts = fresh("texts")
-        texts.mkdir()
-        (texts / "a.txt").write_text("Some text to score. " * 20)
-        for split in ("train", "dev", "test"):
-            (texts / f"da_ddt-ud-{split}.iob2").write_text(IOB2)
-        for begin, code in [
-            (lambda: train(folder, "--max_steps=27", resume=True), 0),
-            (lambda: Run("eval_lm.py", folder, f"--data={texts / 'a.txt'}"), 0),
-            (lambda: Run("spectra.py", folder), 0),
-            (lambda: Run("eval_ner.py", folder, f"--uner_dir={texts}", "--test=da_ddt", "--head_epochs=1", "--mode=head"), 2),
-        ]:
-            run = begin()
-            found, _, err = run.end()
-            must(found == code, f"exit code {found}: {err[:500]}")
-            after = {path.name: path.read_bytes() for path in outside.iterdir()}
-            must(after == before, f"{run.script} wrote outside: {[name for name in after if after[name] != before.get(name)]}")
-
-    attempts("links out of a run folder", [("links", links)])
-
-    def source():
-        """No call in our files runs what it reads. Config files are run by runpy in configurator.py, and nothing else is."""
-        for path in [*ROOT.glob("*.py"), ROOT / "data" / "prepare.py"]:
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call):
-                    name, keys = ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
-                    must(name not in "eval exec compile os.system os.popen pickle.load pickle.loads marshal.loads".split(), f"{path.name}: {name}")
-                    must(keys.get("shell", "False") == "False" and keys.get("allow_pickle", "False") == "False", f"{path.name}: {keys}")
-                    must(name != "torch.load" or keys.get("weights_only") == "True", f"{path.name}: torch.load without weights_only=True")
-                    must(not name.startswith("runpy.") or path.name == "configurator.py", f"{path.name}: {name}")
-
-    attempts("calls that would run data", [("source", source)])
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 def main():
     begun = time.time()
-    try:
-        print(f"tests/soak.py, seed {args.seed}{', long' if args.long else ''}", flush=True)
-        for begin in (lambda: prepared(here / "data"), lambda: train(here / "straight")):
-            code, _, err = begin().end()
-            must(code == 0, err)
-        stands(here / "straight")
-        for fault in FAULTS:
-            if fault in args.only.split(","):
-                globals()[fault](lambda short, long: long if args.long else short)
-    finally:
-        for process in multiprocessing.active_children():
-            process.kill()
-        shutil.rmtree(here, ignore_errors=True)
-    print(f"{len(lost)} not survived, {time.time() - begun:.0f} s")
-    return 1 if lost else 0
-
+    atexit.register(shutil.rmtree, here, ignore_errors=True)
+    ends(True, end(prepare(here)))
+    before = time.time()
+    usual = ends(True, end(train(straight)))
+    usual.duration = time.time() - before
+    stands(straight)
+    shutil.copytree(straight, here / "whole")
+    shutil.rmtree(here / "whole" / last)  # so that there is something to train
+    shutil.copytree(here / "docstrings", here / "whole" / "docstrings")
+    for fault in args.only.split(","):
+        rng.seed(f"{args.seed} {fault}")
+        globals()[fault](usual)
+    print(f"{len(losses)} not survived, {time.time() - begun:.0f} s")
+    sys.exit(bool(losses))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

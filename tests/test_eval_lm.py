@@ -1,264 +1,163 @@
-"""eval_lm.py as a user runs it: its numbers against one forward pass a token, models whose loss is known, and a bootstrap of plain loops."""
+"""eval_lm.py as a user runs it, against a forward pass for each token and a bootstrap of plain loops."""
 import gzip
 import json
 import math
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import run_many
 
-import runs
-from runs import load_model
+from plumbing.checkpoint import load_model
 
 LONG = "The quick brown fox returns the number of lazy dogs, or None where there is no dog at all. "
-PROSE = [LONG * 6, "A short one.", LONG[:40], "Write the bytes to the file and return the number of bytes written. " * 4, "x", LONG * 3]
+PROSE = [LONG * 6, "A short one.", LONG[:40], "Write the bytes to the file and return the number. " * 4, "x"]
 ODD = ["", "a", None, "漢字と👩‍👩‍👧 \x00\x7f\u0301 Ωß", "<|endoftext|> is text here, <|mask|> too", "\n\n\n"]
-NOTES, TABLE = ["The first note, one file.", "The second note\nof two lines."], ["In a table: " + LONG, "b"]
-DOCUMENTS = {"prose": PROSE, "odd": ODD, "notes": NOTES, "deep/table": TABLE}
-CONTEXT, STRIDE = 12, 5
+MANY = [LONG[i : i + 9 + 5 * (i % 7)] for i in range(40)]
+TEXTS = {"data/prose.jsonl.gz": PROSE, "data/odd.jsonl": ODD, "pieces/text.jsonl": MANY,
+         "named/all.jsonl": "a", "named/few.jsonl": "a", "numbers/text.jsonl": [1, 2]}
+HUB = {"one": {"validation": PROSE, "test": ["a test"]}, "two": {"test": ["b test"]}}
+CASES = {  # {runs} has two copies of the tiny run, of which `early` ends at step 40
+    "two": "{runs}/run {runs}/early --data={here}/data --context=12 --stride=5",
+    "many": "{runs}/run {runs}/early --data={here}/pieces --context=12 --stride=5",
+    "every": "{runs}/run --step=all --data={here}/pieces --context=12 --stride=5",
+    "defaults": "{runs}/run --data={here}/data/prose.jsonl.gz",
+    "sliding": "{runs}/run --step=80 --data={here}/data/prose.jsonl.gz --context=12 --stride=1",
+    "hub": "{runs}/run --data=hf:{here}/hub --column=body",
+    "part": "{runs}/run --data=hf:{here}/hub,one --split=test --column=body",
+}
+MISTAKES = {  # and what the one line says
+    "no data": ("{runs}/run", "data = : data must name"),
+    "bad step": ("{runs}/run --step=last --data={here}/data", "step = last"),
+    "long stride": ("{runs}/run --data={here}/data --context=12 --stride=13", "stride = 13, context = 12"),
+    "named all": ("{runs}/run --data={here}/named", "a domain is named all"),
+    "numbers": ("{runs}/run --data={here}/numbers", "holds no text in its column text"),
+}
 
-
-def write_jsonl(path, texts, column="text", compress=False):
+def write(path, texts, column="text"):
     lines = "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(lines) if compress else lines)
-
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
 
 @pytest.fixture(scope="module")
 def here(quick_start, tmp_path_factory):
-    """A folder with data of all forms, the tiny run twice (at its end and, `early`, at step 40), and two runs whose losses need no model to know."""
+    """A folder of data, and of a folder with runs for each case."""
     here = tmp_path_factory.mktemp("lm")
-    write_jsonl(here / "data" / "prose.jsonl.gz", PROSE, compress=True)
-    write_jsonl(here / "data" / "odd.json", ODD)
-    for i, text in enumerate(NOTES):
-        (here / "data" / "notes").mkdir(exist_ok=True)
-        (here / "data" / "notes" / f"{i}.txt").write_text(text)
-    (here / "data" / "deep").mkdir()
-    pd.DataFrame({"text": TABLE}).to_parquet(here / "data" / "deep" / "table.parquet")
-    (here / "data" / "ignored.md").write_text("not data")
-    write_jsonl(here / "whole" / "text.jsonl", [LONG * 4, LONG])
-    words = (LONG * 4).split(" ")[:-1]
-    cut = [" ".join(words[:7]), *(" " + " ".join(words[i : i + 9]) for i in range(7, len(words), 9)), " "]
-    write_jsonl(here / "chunks" / "text.jsonl", [*cut, LONG, ""])
-    write_jsonl(here / "many" / "text.jsonl", [LONG[i : i + 9 + 5 * (i % 7)] for i in range(40)])
-    for name in ("all", "few"):
-        write_jsonl(here / "named all" / f"{name}.jsonl", ["a"])
-    write_jsonl(here / "empty" / "text.jsonl", ["", None])
-    write_jsonl(here / "numbers" / "text.jsonl", [1, 2])
-    write_jsonl(here / "columns" / "text.jsonl", ["b"], column="body")
-    (here / "broken").mkdir()
-    (here / "broken" / "text.jsonl").write_text('{"text": "a"}\n{"text": ')
-    (here / "none").mkdir()
-    hub = here / "hub"
-    for part, split, texts in (("one", "validation", PROSE), ("one", "test", ["a test"]), ("two", "test", ["b test"]), ("two", "train", ["never"])):
-        write_jsonl(hub / part / f"{split}.jsonl", texts)
-    (hub / "README.md").write_text("---\nconfigs:\n" + "".join(
-        f"- config_name: {part}\n  data_files:\n" + "".join(f"  - split: {split}\n    path: {part}/{split}.jsonl\n" for split in splits)
-        for part, splits in (("one", ["validation", "test"]), ("two", ["test", "train"]))) + "---\n")  # fmt: skip
-    for name in ("run", "every", "early", "uniform", "bigram"):
-        shutil.copytree(quick_start.folder, here / name)
-    for step in (80, 120, 160):
-        (here / "early" / f"ckpt_{step:06d}.pt").unlink()
-    for name in ("uniform", "bigram"):
-        path = here / name / "ckpt_000160.pt"
-        state = torch.load(path, weights_only=True)
-        for key, weight in state["model"].items():
-            if name == "uniform" and key == "embedding.weight":
-                weight[:] = weight[7]  # all tokens look the same: every context predicts the same distribution
-            elif name == "bigram" and key.endswith("o_proj.weight"):
-                weight.zero_()  # nothing but the last token is seen
-        torch.save(state, path)
+    for name, texts in TEXTS.items():
+        write(here / name, texts)
+    card = "---\nconfigs:\n"
+    for part, splits in HUB.items():
+        card += f"- config_name: {part}\n  data_files:\n"
+        for split, texts in splits.items():
+            write(here / "hub" / part / f"{split}.jsonl", texts, "body")
+            card += f"  - split: {split}\n    path: {part}/{split}.jsonl\n"
+    (here / "hub" / "README.md").write_text(card + "---\n")
+    for name in CASES:
+        shutil.copytree(quick_start.folder, here / name / "run")
+        shutil.copytree(here / name / "run" / "step_000040", here / name / "early" / "step_000040")
     return here
-
-
-def command(*words, data="data", context=CONTEXT, stride=STRIDE):
-    return ["{here}/" + words[0], *words[1:], "--data={here}/" + data, f"--context={context}", f"--stride={stride}"]
-
-
-CASES = {
-    "two": command("run", "{here}/early"),
-    "every": command("every", "--step=all", data="many"),
-    "step": command("run", "--step=80", data="many"),
-    "defaults": ["{here}/run", "--data={here}/data/prose.jsonl.gz"],
-    "sliding": command("run", data="data/prose.jsonl.gz", stride=1),
-    "bigram 1": command("bigram", context=1, stride=1),
-    "bigram 9": command("bigram", context=9, stride=4),
-    "uniform whole": command("uniform", data="whole"),
-    "uniform chunks": command("uniform", data="chunks", context=20, stride=20),
-    "whole": command("run", data="whole", context=32, stride=1),
-    "chunks": command("run", data="chunks", context=32, stride=1),
-    "many": command("run", "{here}/early", data="many"),
-    "hub": ["{here}/run", "--data=hf:{here}/hub"],
-    "hub part": ["{here}/run", "--data=hf:{here}/hub,one", "--split=test"],
-    "other column": [*command("run", data="columns"), "--column=body"],
-}
-MISTAKES = {
-    "no run": (["--data={here}/data"], ["nothing is not a run folder"]),
-    "no data": (["{here}/run"], ["data = nothing", "hf:NAME"]),
-    "missing data": (["{here}/run", "--data={here}/mamba"], ["mamba: no such file or folder"]),
-    "twice": (["{here}/run", "{here}/data/../run", "--data={here}/data"], ["twice"]),
-    "bad step": (["{here}/run", "--step=last", "--data={here}/data"], ["step = last", "newest, all"]),
-    "no such step": (["{here}/run", "--step=7", "--data={here}/data"], ["no checkpoint of step 7"]),
-    "no checkpoint": (["{here}/none", "--data={here}/data"], ["none holds no checkpoint"]),
-    "stride": (command("run", stride=13), ["stride = 13 is longer than context = 12"]),
-    "context": (command("run", context=-1), ["context = -1"]),
-    "named all": (command("run", data="named all"), ["a domain of", "is named all"]),
-    "no text": (command("run", data="empty"), ["the domain text", "holds no text"]),
-    "no files": (command("run", data="none"), ["no text in", ".jsonl"]),
-    "numbers": (command("run", data="numbers"), ["'text' of text holds something else than text"]),
-    "column": (command("run", data="columns"), ["no column 'text'", "'body'"]),
-    "broken": (command("run", data="broken"), ["cannot read", "text.jsonl"]),
-    "no split": (["{here}/run", "--data=hf:{here}/hub", "--split=train"], ["hub,one has no split train, but validation, test"]),
-    "no dataset": (["{here}/run", "--data=hf:no/such-dataset"], ["cannot read no/such-dataset"]),
-}
-
 
 @pytest.fixture(scope="module")
 def results(here):
-    """What became of the commands, by name, and the numbers that each wrote, for each of its runs, into copies of their own."""
-    cases, copies = {name: [word.format(here=here) for word in words] for name, (words, _) in MISTAKES.items()}, {}
-    for name, words in CASES.items():
-        words = [word.format(here=here) for word in words]
-        copies[name] = [here / "copies" / name / word.split("/")[-1] for word in words if not word.startswith("--")]
-        for word, copy in zip(words, copies[name], strict=False):  # the runs come first
-            shutil.copytree(word, copy)
-        cases[name] = [*copies[name], *words[len(copies[name]) :]]
-    done = dict(zip(cases, run_many("eval_lm.py", cases.values()), strict=True))
-    assert not [done[name].stderr for name in CASES if done[name].returncode]
-    return done, {name: [json.loads((copy / "eval_lm.json").read_text()) for copy in copies[name]] for name in CASES}
+    """What became of the commands, by name."""
+    cases = CASES | {name: words for name, (words, _) in MISTAKES.items()}
+    commands = [words.format(here=here, runs=here / (name if name in CASES else "two")).split()
+                for name, words in cases.items()]
+    done = dict(zip(cases, run_many("eval_lm.py", commands), strict=True))
+    assert not "".join(done[name].stderr for name in CASES)
+    return done
 
+def written(here, name, run="run"):
+    return json.loads((here / name / run / "eval_lm.json").read_text())
 
-def one_by_one(folder, step, texts, context, stride):
-    """Nats, tokens and bytes of each text, (D, 3): a forward pass for each token, from where the window that scores it begins."""
-    model, encoding, _ = load_model(str(folder), step)
-    rows = []
+def token_by_token(folder, step, texts, context, stride):
+    """Nats, tokens, bytes (D, 3): a forward pass a token, from where the window that scores it begins."""
+    loaded, rows = load_model(folder, step), []
     for text in texts:
-        text = text or ""
-        ids = [encoding.encode_single_token("<|endoftext|>"), *encoding.encode_ordinary(text)]
+        ids = [loaded.tokenizer.eot, *loaded.tokenizer.encode_ordinary(text or "")]
         nats = 0.0
         for t in range(1, len(ids)):
-            end = context if t <= context else min(context + math.ceil((t - context) / stride) * stride, len(ids) - 1)
+            late = max(0, math.ceil((t - context) / stride))  # windows after the first
+            end = min(context + late * stride, max(context, len(ids) - 1))
             with torch.no_grad():
-                logits = model.logits(torch.tensor([ids[max(0, end - context) : t]]))[0, -1]
+                logits = loaded.model.logits(torch.tensor([ids[max(0, end - context) : t]]))[0, -1]
             nats -= logits.log_softmax(-1)[ids[t]].item()
-        rows.append((nats, len(ids) - 1, len(text.encode())))
+        rows.append((nats, len(ids) - 1, len((text or "").encode())))
     return np.array(rows)
-
 
 def check(numbers, rows):
     nats, tokens, size = rows.sum(0)
-    assert (numbers["documents"], numbers["tokens"], numbers["bytes"]) == (len(rows), tokens, size)
-    assert numbers["nats"] == pytest.approx(nats, rel=1e-5)
-    assert numbers["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-    assert numbers["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert [numbers[key] for key in ("documents", "tokens", "bytes")] == [len(rows), tokens, size]
+    assert numbers["nats"] == pytest.approx(nats, 1e-5)
+    assert numbers["perplexity"] == pytest.approx(math.exp(nats / tokens), 1e-4)
+    assert numbers["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, 1e-5)
 
+@pytest.mark.parametrize(("run", "step"), [("run", 160), ("early", 40)])
+def test_every_document_counts(here, results, run, step):
+    """Longer than the context, of one token, empty, missing, of odd bytes, with special tokens spelt out."""
+    prose, odd = (token_by_token(here / "two" / run, step, texts, 12, 5) for texts in (PROSE, ODD))
+    steps = written(here, "two", run)["steps"]
+    assert list(steps) == [str(step)] and steps[str(step)].keys() == {"prose", "odd", "all"}
+    for domain, rows in {"prose": prose, "odd": odd, "all": np.concatenate([prose, odd])}.items():
+        check(steps[str(step)][domain], rows)
 
-@pytest.mark.parametrize("name", CASES)
-def test_table(results, name):
-    """A row for each domain and one for all; the same numbers in the file of each run; a chart in the first folder."""
-    done = results[0][name]
-    assert not done.stderr
-    tables = done.stdout.split("\n\n")[1:]
-    assert len(tables) == len(results[1][name])
-    for i, (numbers, table) in enumerate(zip(results[1][name], tables, strict=True)):
-        step, *lines = list(numbers["steps"])[-1], *table.splitlines()
-        assert lines[0].endswith(f"step {step}") and ("minus" in lines[1]) == (i > 0)
-        for (group, found), line in zip(numbers["steps"][step].items(), lines[2:], strict=False):
-            values = [f"{found['documents']:,}", f"{found['bytes']:,}", f"{found['perplexity']:.2f}", f"{found['bits_per_byte']:.3f}"]
-            values += [f"{numbers['difference'][group]['bits_per_byte']:+.3f}"] if i else []
-            assert line.split(" ")[0] == group and [part for part in values if f" {part}" not in line] == []
-            assert line.count("[") == (2 + (i > 0) if found["documents"] > 1 else 0)
-    written = [line.removeprefix("written ") for line in done.stdout.splitlines() if line.startswith("written ")]
-    assert [path.split("/")[-1] for path in written] == ["eval_lm.json"] * len(tables) + ["eval_lm.png"]
-    assert open(written[-1], "rb").read(4) == b"\x89PNG"
-
-
-def test_every_document_is_counted_rightly(here, results):
-    """Longer than the context, shorter than two tokens, empty, missing, of unseen bytes, with special tokens written out: one token at a time."""
-    for numbers, (run, step) in zip(results[1]["two"], (("run", 160), ("early", 40)), strict=True):
-        assert set(numbers["steps"]) == {str(step)} and numbers["steps"][str(step)].keys() == {*DOCUMENTS, "all"}
-        rows = {domain: one_by_one(here / run, step, texts, CONTEXT, STRIDE) for domain, texts in DOCUMENTS.items()}
-        for domain in DOCUMENTS:
-            check(numbers["steps"][str(step)][domain], rows[domain])
-        check(numbers["steps"][str(step)]["all"], np.concatenate(list(rows.values())))
-
-
-@pytest.mark.parametrize(("name", "context", "stride"), [("defaults", 32, 16), ("sliding", CONTEXT, 1)])
-def test_context_and_stride(here, results, name, context, stride):
-    """The defaults are block_size and half of it; at stride 1 each token sees all of the context."""
-    numbers = results[1][name][0]
+@pytest.mark.parametrize("name, step, context, stride", [("defaults", 160, 32, 16), ("sliding", 80, 12, 1)])
+def test_context_and_stride(here, results, name, step, context, stride):
+    """The defaults are block_size and half of it. At stride 1 each token sees all of the context."""
+    numbers, rows = written(here, name), token_by_token(here / "two/run", step, PROSE, context, stride)
     assert (numbers["context"], numbers["stride"]) == (context, stride)
-    check(numbers["steps"]["160"]["prose"], one_by_one(here / "run", 160, PROSE, context, stride))
-
-
-def test_cutting_changes_nothing_but_the_context(results):
-    """Where context does not matter, neither do windows nor cuts into documents. Where it does, windows that begin anew only cost."""
-    steps = {name: numbers[0]["steps"]["160"]["all"] for name, numbers in results[1].items() if "160" in numbers[0]["steps"]}
-    assert steps["bigram 1"]["bits_per_byte"] == pytest.approx(steps["bigram 9"]["bits_per_byte"], rel=1e-6)
-    for kind in ("uniform ", ""):
-        whole, chunks = (steps[f"{kind}{part}"] for part in ("whole", "chunks"))
-        assert (chunks["documents"] > 8) and (whole["tokens"], whole["bytes"]) == (chunks["tokens"], chunks["bytes"])
-        assert whole["bits_per_byte"] == pytest.approx(chunks["bits_per_byte"], rel=0.1 if kind == "" else 1e-6)
-    assert steps["whole"]["bits_per_byte"] != steps["chunks"]["bits_per_byte"]
-
+    check(numbers["steps"][str(step)]["prose"], rows)
 
 def test_intervals(here, results):
-    """A bootstrap of plain loops, of one run and of the difference of two."""
-    texts = [json.loads(line)["text"] for line in open(here / "many" / "text.jsonl")]
-    first, second = (one_by_one(here / run, step, texts, CONTEXT, STRIDE) for run, step in (("run", 160), ("early", 40)))
-    rng, draws = np.random.default_rng(5), []
-    for _ in range(4000):
-        chosen = rng.integers(len(texts), size=len(texts))
-        a, b = first[chosen].sum(0), second[chosen].sum(0)
-        draws.append((math.exp(a[0] / a[1]), a[0] / a[2] / math.log(2), b[0] / b[2] / math.log(2), (b[0] / b[2] - a[0] / a[2]) / math.log(2)))
-    expected = np.quantile(draws, (0.025, 0.975), axis=0).T  # (4, 2)
-    mine, other = results[1]["many"]
-    found = [mine["steps"]["160"]["text"][f"{name}_interval"] for name in ("perplexity", "bits_per_byte")]
-    found += [other["steps"]["40"]["text"]["bits_per_byte_interval"], other["difference"]["text"]["bits_per_byte_interval"]]
-    for interval, (low, high) in zip(found, expected, strict=True):
+    """A bootstrap of plain loops, of a run and of the difference of two."""
+    first, second = (token_by_token(here / "two" / run, step, MANY, 12, 5)
+                     for run, step in (("run", 160), ("early", 40)))
+
+    def numbers(rows):
+        (nats, tokens, size), nats_2 = first[rows].sum(0), second[rows].sum(0)[0]
+        bits, bits_2 = nats / size / math.log(2), nats_2 / size / math.log(2)
+        return math.exp(nats / tokens), bits, bits_2, bits_2 - bits
+
+    draws = np.random.default_rng(5).integers(len(MANY), size=(4000, len(MANY)))
+    expected = np.quantile([numbers(rows) for rows in draws], (0.025, 0.975), axis=0).T  # (4, 2)
+    run, early = written(here, "many"), written(here, "many", "early")
+    mine, difference = run["steps"]["160"]["all"], early["difference"]["all"]
+    parts = [mine, early["steps"]["40"]["all"], difference]
+    intervals = [mine["perplexity_interval"], *(part["bits_per_byte_interval"] for part in parts)]
+    for interval, (low, high) in zip(intervals, expected, strict=True):
         assert interval == pytest.approx((low, high), abs=0.06 * (high - low))
-    difference = (second.sum(0)[0] / second.sum(0)[2] - first.sum(0)[0] / first.sum(0)[2]) / math.log(2)
-    assert other["difference"]["from"].endswith("run") and "difference" not in mine
-    assert other["difference"]["text"]["bits_per_byte"] == pytest.approx(difference, rel=1e-4)
+    assert difference["bits_per_byte"] == pytest.approx(numbers(range(len(MANY)))[-1], rel=1e-4)
+    assert early["difference"]["from"].endswith("run") and "difference" not in run
 
+def test_every_step(here, results):
+    """Each checkpoint in order, as if it had been asked for alone; a line for each but the last."""
+    every = written(here, "every")["steps"]
+    assert list(every) == ["40", "80", "120", "160"] and every["80"] != every["120"]
+    assert every["160"] == written(here, "many")["steps"]["160"]
+    assert every["40"] == written(here, "many", "early")["steps"]["40"]
+    lines = [line for line in results["every"].stdout.splitlines() if " over all" in line]
+    assert len(lines) == 3 and f"step 80: perplexity {every['80']['all']['perplexity']:.2f}," in lines[1]
 
-def test_one_document_gives_no_interval(results):
-    numbers = results[1]["hub part"][0]["steps"]["160"]["one"]
-    assert numbers["documents"] == 1 and not [name for name in numbers if "interval" in name]
+def test_hub(here, results):
+    """A configuration is a domain, of its validation split or else the test split; or what is asked for."""
+    whole, part = (written(here, name)["steps"]["160"] for name in ("hub", "part"))
+    prose = sum(map(len, PROSE))
+    assert [whole[domain]["bytes"] for domain in ("one", "two", "all")] == [prose, 6, prose + 6]
+    assert part.keys() == {"one", "all"} and part["one"]["bytes"] == 6
+    assert "bits_per_byte_interval" not in part["one"]  # of a single document
 
-
-def test_every_step(results):
-    """Each checkpoint of the run, in order, as if it had been asked for alone."""
-    every, alone = results[1]["every"][0]["steps"], results[1]["step"][0]["steps"]
-    assert list(every) == ["40", "80", "120", "160"] and list(alone) == ["80"]
-    assert every["80"] == alone["80"] and every["160"] != alone["80"]
-    assert every["160"] == results[1]["many"][0]["steps"]["160"] and every["40"] == results[1]["many"][1]["steps"]["40"]
-    lines = [line for line in results[0]["every"].stdout.splitlines() if " over all" in line]
-    assert len(lines) == 3 and f"step 80: perplexity {alone['80']['all']['perplexity']:.2f}," in lines[1]
-
-
-def test_datasets_of_the_hub(results):
-    """Each configuration is a domain, of its validation split or else the test split; one configuration and split if asked for."""
-    whole, part = results[1]["hub"][0]["steps"]["160"], results[1]["hub part"][0]["steps"]["160"]
-    assert {name: numbers["bytes"] for name, numbers in whole.items()} == {"one": sum(map(len, PROSE)), "two": 6, "all": sum(map(len, PROSE)) + 6}
-    assert {name: numbers["bytes"] for name, numbers in part.items()} == {"one": 6, "all": 6}
-
-
-def test_gated_dataset_is_one_line(capsys):
-    from datasets.exceptions import DatasetNotFoundError
-
-    with pytest.raises(SystemExit) as end, runs.datasets_library("allenai/paloma"):
-        raise DatasetNotFoundError("Dataset 'allenai/paloma' is a gated dataset on the Hub.\nYou must be authenticated to access it.")
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: allenai/paloma is gated") and error.count("\n") == 1
-    assert "https://huggingface.co/datasets/allenai/paloma" in error and "hf auth login" in error
-
+def test_table(here, results):
+    """A row for each domain with the numbers of the file, and a chart in the first folder."""
+    table, numbers = results["two"].stdout.split("\n\n")[2].splitlines(), written(here, "two", "early")
+    for (domain, cells), line in zip(numbers["steps"]["40"].items(), table[2:], strict=False):
+        difference = numbers["difference"][domain]["bits_per_byte"]
+        shown = [str(cells["documents"]), f"{cells['perplexity']:.2f}", f"{difference:+.3f}"]
+        assert line.startswith(f"{domain} ") and all(f" {text} " in line for text in shown), line
+    assert (here / "two/run/eval_lm.png").read_bytes().startswith(b"\x89PNG")
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_line(results, name):
-    done = results[0][name]
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(part in done.stderr for part in MISTAKES[name][1]), done.stderr
+    done = results[name]
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and MISTAKES[name][1] in done.stderr, done.stderr

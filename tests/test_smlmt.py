@@ -1,8 +1,6 @@
+"""Episodes against the text itself. The oracles here know nothing of the index. They decode windows,
+search words with a regular expression, and find each window in the pool by the tokens before its mask.
 """
-Episodes against the text itself. The oracles here know nothing of the sampler's index: they decode windows, look for words with a regular
-expression, and find each window's place in the pool by the tokens that stand before its blank.
-"""
-
 import ast
 import base64
 import hashlib
@@ -21,12 +19,12 @@ import pytest
 import rustbpe
 import tiktoken
 
-from smlmt import FAR, STRETCHES, Sampler, distinct, is_heldout, pool, show, words_of
+import smlmt
+from smlmt import FAR, STRETCHES, Pools, Sampler, distinct, is_heldout, pool, show, words_of
 
 GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 RUN = re.compile(r"[^\W\d_]+")  # a run of letters
 VOCAB, EOT, MASK = 1500, 1500, 1501
-
 
 @pytest.fixture(scope="module")
 def text():
@@ -38,8 +36,8 @@ def text():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 nodes = ast.walk(ast.parse(path.read_text("utf-8")))
-            docs = [ast.get_docstring(n) for n in nodes if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-            documents.append("\n\n".join(d for d in docs if d))
+            nodes = [n for n in nodes if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+            documents.append("\n\n".join(filter(None, map(ast.get_docstring, nodes))))
     documents = [d for d in documents if len(d) > 500]
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(documents), VOCAB, pattern=GPT2)
@@ -48,27 +46,23 @@ def text():
     tokens = np.concatenate([np.array([*encoding.encode_ordinary(d), EOT], np.uint16) for d in documents])
     return tokens, [encoding.decode_single_token_bytes(i) for i in range(VOCAB)]
 
-
 def make(text, **settings):
     tokens, token_bytes = text
-    return Sampler(tokens, token_bytes, eot=EOT, mask=MASK, **{"n_way": 4, "k_shot": 2, "q_query": 2, "seed": 7} | settings)
-
+    settings = {"n_way": 4, "k_shot": 2, "q_query": 2, "seed": 7} | settings
+    return Sampler(tokens, token_bytes, eot=EOT, mask=MASK, **settings)
 
 def parts(episode):
     yield episode.support, episode.support_labels, episode.support_pos
     yield episode.query, episode.query_labels, episode.query_pos
 
-
 def decode(token_bytes, ids):
     return b"".join(token_bytes[i] for i in ids.tolist()).decode("utf-8")  # strict: no window cuts a letter
-
 
 def word(token_bytes, i):
     return token_bytes[i].decode().removeprefix(" ").casefold()
 
-
 class Places:
-    """Where windows come from: the tokens before a blank -> places in the pool. `find` gives the only place, or None where text repeats."""
+    """Where windows come from: `find` gives the only place in the pool, or None where the text repeats."""
 
     def __init__(self, text, context=11):
         self.tokens, self.token_bytes, self.context, self.at = *text, context, defaultdict(list)
@@ -77,17 +71,17 @@ class Places:
             self.at[raw[2 * (p - context) : 2 * p]].append(p)
         self.doc = np.cumsum(self.tokens == EOT)
 
-    def find(self, row, blank, end, form):
-        before, after = row[:blank].astype(np.uint16), row[blank + 1 : end].astype(np.uint16)
-        found = [p for p in self.at[before[-self.context :].tobytes()]
-                 if p >= blank and (self.tokens[p - blank : p] == before).all() and (self.tokens[p + 1 : p + end - blank] == after).all()
-                 and word(self.token_bytes, self.tokens[p]) == form]
-        assert found, f"no place in the pool has the {form!r} window {row}"
-        return found[0] if len(found) == 1 else None
+    def find(self, row, masked, end, form):
+        before, after = row[:masked].astype(np.uint16), row[masked + 1 : end].astype(np.uint16)
+        places = [p for p in self.at[before[-self.context :].tobytes()]
+                  if p >= masked and (self.tokens[p - masked : p] == before).all()
+                  and (self.tokens[p + 1 : p + end - masked] == after).all()
+                  and word(self.token_bytes, self.tokens[p]) == form]
+        assert places, f"no place in the pool has the {form!r} window {row}"
+        return places[0] if len(places) == 1 else None
 
-
-# -----------------------------------------------------------------------------
-# windows
+# --------------------------------------------------------------------------------------------------
+# Windows
 
 @pytest.mark.parametrize("readout", ["before", "mask", "last"])
 def test_windows_hold_their_word_once_and_show_it_nowhere(text, readout):
@@ -99,131 +93,146 @@ def test_windows_hold_their_word_once_and_show_it_nowhere(text, readout):
             assert rows.shape == (8, 48) and rows.dtype == labels.dtype == pos.dtype == np.int64
             assert np.bincount(labels).tolist() == [2] * 4  # a constant answer scores 1/N
             for row, label, at in zip(rows, labels, pos, strict=True):
-                [blank] = np.flatnonzero(row == MASK)
+                [masked] = np.flatnonzero(row == MASK)
                 end = np.append(np.flatnonzero(row == EOT), 48)[0]
                 assert (row[end:] == EOT).all() and end >= 16
-                assert at == {"before": blank - 1, "mask": blank, "last": end - 1}[readout]
-                assert readout == "last" or end == blank + 1
-                shown = RUN.findall((decode(token_bytes, row[:blank]) + "_" + decode(token_bytes, row[blank + 1 : end])).casefold())
-                assert word(token_bytes, episode.words[label]) not in shown
-                share.append((end - blank - 1) / end)
+                assert at == {"before": masked - 1, "mask": masked, "last": end - 1}[readout]
+                assert readout == "last" or end == masked + 1
+                shown = decode(token_bytes, row[:masked]) + "_" + decode(token_bytes, row[masked + 1 : end])
+                assert word(token_bytes, episode.words[label]) not in RUN.findall(shown.casefold())
+                share.append((end - masked - 1) / end)
                 lengths.append(end)
-    assert max(lengths) == 48 and np.mean(lengths) > 36  # windows are cut short where they must be, not as a rule
+    assert max(lengths) == 48 and np.mean(lengths) > 36  # windows are cut short where they must be only
     if readout == "last":
         assert max(share) <= 0.25 and min(share) >= 0.1 and np.mean(share) > 0.2
-
 
 @pytest.mark.parametrize("readout", ["before", "last"])
 def test_windows_come_from_the_text_support_and_query_from_different_documents(text, readout):
     tokens, token_bytes = text
+    begins = [bool(RUN.match(b.decode("utf-8", "replace"))) for b in token_bytes] + [False]  # EOT
     sampler, places, unique = make(text, readout=readout), Places(text), 0
     for index in range(300):
         episode = sampler.episode((1, index))
         docs = [defaultdict(set), defaultdict(set)]
         for (rows, labels, _), seen in zip(parts(episode), docs, strict=True):
             for row, label in zip(rows, labels.tolist(), strict=True):
-                [blank], end = np.flatnonzero(row == MASK), np.append(np.flatnonzero(row == EOT), 64)[0]
-                p = places.find(row, blank, end, word(token_bytes, episode.words[label]))
+                [masked], end = np.flatnonzero(row == MASK), np.append(np.flatnonzero(row == EOT), 64)[0]
+                p = places.find(row, masked, end, word(token_bytes, episode.words[label]))
                 if p is not None:
                     unique += 1
                     seen[label].add(int(places.doc[p]))
-                    assert token_bytes[tokens[p]].startswith(b" ")
-                    assert not re.match(r"[^\W\d_]", token_bytes[tokens[p + 1]].decode("utf-8", "replace") if tokens[p + 1] != EOT else "")
+                    assert token_bytes[tokens[p]].startswith(b" ") and not begins[tokens[p + 1]]
         if episode.far_share == 1:
             assert all(docs[0][c].isdisjoint(docs[1][c]) for c in range(4))
     assert unique > 0.9 * 300 * 16, "the text repeats itself too much for this test to mean anything"
-
 
 def test_words_in_few_documents_have_windows_far_apart(text):
     tokens, token_bytes = text
     joined = tokens.copy()
     ends = np.flatnonzero(joined == EOT)
-    joined[ends[np.arange(len(ends)) % (len(ends) // 3) != 0][:-1]] = token_bytes.index(b".")  # three documents
+    inner = np.arange(len(ends)) % (len(ends) // 3) != 0
+    joined[ends[inner][:-1]] = token_bytes.index(b".")  # three documents
     sampler, places, far, least = make((joined, token_bytes)), Places((joined, token_bytes)), [], []
     for index in range(300):
         episode = sampler.episode(index)
-        found = [defaultdict(list), defaultdict(list)]
-        for (rows, labels, _), seen in zip(parts(episode), found, strict=True):
+        windows = [defaultdict(list), defaultdict(list)]
+        for (rows, labels, _), seen in zip(parts(episode), windows, strict=True):
             for row, label in zip(rows, labels.tolist(), strict=True):
-                [blank] = np.flatnonzero(row == MASK)
-                seen[label].append((places.find(row, blank, blank + 1, word(token_bytes, episode.words[label])), blank))
+                [masked] = np.flatnonzero(row == MASK)
+                p = places.find(row, masked, masked + 1, word(token_bytes, episode.words[label]))
+                seen[label].append((p, masked))
         same = np.zeros(4)
         for label in range(4):
-            for p, blank_p in found[0][label]:
-                for q, blank_q in found[1][label]:
+            for p, before_p in windows[0][label]:
+                for q, before_q in windows[1][label]:
                     if p is not None and q is not None and places.doc[p] == places.doc[q]:
                         same[label] = 1
-                        least.append(p - blank_p - q - 1 if q < p else q - blank_q - p - 1)
-        if all(p is not None for seen in found for windows in seen.values() for p, _ in windows):
+                        least.append(p - before_p - q - 1 if q < p else q - before_q - p - 1)
+        if all(p is not None for seen in windows for of_word in seen.values() for p, _ in of_word):
             far.append(episode.far_share)
             assert episode.far_share == 1 - same.mean()
     assert len(far) > 100 and 0.1 < np.mean(far) < 0.9
     assert FAR <= min(least) < 2 * FAR
 
-
 def spelled(*documents):
     """Bytes as tokens, but for these words and pieces: the pool, the tokens, and the tokens' bytes."""
-    pieces = [" field", " Field", "Field", " FIE", " caf\xe9", " river", " grain", " .", " ;"]
+    pieces = [" field", " Field", "Field", " FIE", " caf\xe9", " river", " grain", " .", " ;", " a-field"]
     token_bytes = [bytes([i]) for i in range(256)] + [p.encode() for p in pieces]
-    pattern = re.compile(b"|".join(re.escape(p) for p in sorted(token_bytes[256:], key=len, reverse=True)) + b"|.", re.DOTALL)
+    longest_first = sorted(map(re.escape, token_bytes[256:]), key=len, reverse=True)
+    pattern = re.compile(b"|".join([*longest_first, b"."]), re.DOTALL)
     number = {piece: i for i, piece in enumerate(token_bytes)}
     ids = [[*(number[m] for m in pattern.findall(d.encode())), 1000] for d in documents]
     return np.array(sum(ids, []), np.uint16), token_bytes
 
+TWO_WORDS = dict(eot=1000, mask=1001, n_way=2, k_shot=1, q_query=1, word_min_count=1, episode_len=32)
 
 def test_every_spelling_counts():
     fill = " ." * 20
-    hides = ["(Field)", "FIELD,", " FIELD", "\nfield", " a_field_b", "9field", "\u201cfield\u201d", " \u0130-field"]
+    hides = ["(Field)", "FIELD,", " FIELD", "\nfield", " a_field_b", "9field", "\u201cfield\u201d",
+             " \u0130-field", " a-field"]  # the last is one token of two words
     harmless = [" fields", " Fieldwork", "midfield", " FIEL", " f ield"]
-    for near, blanked in [(h, 0) for h in hides] + [(h, 1) for h in harmless]:
+    for near, masked in [(h, 0) for h in hides] + [(h, 1) for h in harmless]:
         documents = [fill + near + " ." * 4 + " field" + fill + " river" + fill] * 4
         tokens, token_bytes = spelled(*documents)
-        settings = dict(eot=1000, mask=1001, n_way=2, k_shot=1, q_query=1, word_min_count=1, episode_len=32)
-        if blanked:
-            drawn = [Sampler(tokens, token_bytes, **settings).episode(i) for i in range(4)]
+        if masked:
+            drawn = [Sampler(tokens, token_bytes, **TWO_WORDS).episode(i) for i in range(4)]
             assert all(set(e.words.tolist()) == {256, 261} for e in drawn), near
         else:
             with pytest.raises(ValueError, match="only 1 training words"):
-                Sampler(tokens, token_bytes, **settings)
-
+                Sampler(tokens, token_bytes, **TWO_WORDS)
 
 def test_spellings_of_a_word_are_one_word():
     fill = " ." * 20
-    tokens, token_bytes = spelled(fill + " field" + fill + " river" + fill, fill + " Field" + fill + " river" + fill)
-    sampler = Sampler(tokens, token_bytes, eot=1000, mask=1001, n_way=2, k_shot=1, q_query=1, word_min_count=2, episode_len=32)
+    documents = [fill + field + fill + " river" + fill for field in (" field", " Field")]
+    sampler = Sampler(*spelled(*documents), **TWO_WORDS | {"word_min_count": 2})
     assert {tuple(sorted(sampler.episode(i).words.tolist())) for i in range(9)} == {(256, 261)}
 
-
 def test_letters_cut_into_bytes():
-    """A word that goes on in a following piece of a letter is not that word; one hidden in bytes is still seen."""
-    fill, settings = " ." * 20, dict(eot=1000, mask=1001, n_way=2, k_shot=1, q_query=1, word_min_count=1, episode_len=32)
+    """A word that goes on in a following piece of a letter is not that word; one hidden in bytes is seen."""
+    fill = " ." * 20
     words = fill + " caf\xe9" + fill + " grain" + fill
-    assert len(Sampler(*spelled(*[words] * 3), **settings).episode(0).words) == 2
+    assert len(Sampler(*spelled(*[words] * 3), **TWO_WORDS).episode(0).words) == 2
     for old, new in [(" grain", " grain\xe9"), (" grain", " GRAIN . grain"),
                      (" caf\xe9", " CAF\xc9"), (" caf\xe9", "\u2009CAF\xc9 . caf\xe9")]:
         broken = words.replace(old, new)
         with pytest.raises(ValueError, match="only 1 training words"):
-            Sampler(*spelled(*[broken] * 3), **settings)
-    assert words_of("The np.array's \u0130 STRA\xdfE x2") == ["the", "np", "array", "s", "i\u0307", "strasse", "x"]
+            Sampler(*spelled(*[broken] * 3), **TWO_WORDS)
+    words = "the np array s i\u0307 strasse x".split()
+    assert words_of("The np.array's \u0130 STRA\xdfE x2") == words
 
+def test_worked_example(monkeypatch):
+    """What the docstring of smlmt.py says of six words, here twice, in windows of two tokens and more."""
+    monkeypatch.setattr(smlmt, "MIN_WINDOW", 2)
+    token_bytes = b"The| potter| fires| clay|.| Clay| hard|ens".split(b"|")
+    tokens = np.tile(np.array([0, 1, 2, 3, 4, 5, 6, 7, 4, 8], np.uint16), 2)
+    sampler = Sampler(tokens, token_bytes, **TWO_WORDS | {"eot": 8, "mask": 9, "episode_len": 4})
+    vocabulary = smlmt.read_vocabulary(token_bytes, 10)
+    assert list(vocabulary.forms) == ["potter", "fires", "clay", "hard"]
+    starts, place, form, whole = sampler._index_words(vocabulary, token_bytes)
+    assert starts.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20]
+    assert np.bincount(form).tolist() == [2, 2, 4] and whole.all()  # no word hard in hardens
+    of_clay = np.flatnonzero(np.isin(sampler.tokens[sampler.place], (3, 5)))
+    assert [decode(token_bytes, tokens[sampler.lo[i] : sampler.hi[i]]) for i in of_clay[:2]] \
+        == ["The potter fires clay", ". Clay"]
+    assert sampler.n_groups.tolist() == [2, 2, 2, 0] and sampler.group_size.tolist() == [1, 1, 1, 1, 2, 2]
 
-# -----------------------------------------------------------------------------
-# words
+# --------------------------------------------------------------------------------------------------
+# Words
 
-def test_band_counts_every_spelling(text):
+def test_frequency_range_counts_every_spelling(text):
     tokens, token_bytes = text
-    documents = [decode(token_bytes, d[:-1]) for d in np.split(tokens, np.flatnonzero(tokens == EOT) + 1)[:-1]]
-    count = Counter(w for d in documents for w in RUN.findall(d.casefold()))
+    documents = np.split(tokens, np.flatnonzero(tokens == EOT) + 1)[:-1]
+    count = Counter(w for d in documents for w in RUN.findall(decode(token_bytes, d[:-1]).casefold()))
     sampler, drawn = make(text, word_min_count=50, word_max_count=200, n_way=32), set()
     for index in range(300):
         drawn |= set(sampler.episode(index).words.tolist())
     counts = {i: count[word(token_bytes, i)] for i in drawn}
     assert 50 <= min(counts.values()) < 55 and 190 < max(counts.values()) <= 200
-    # nearly all words of the band are there; what is missing is in too few documents
-    candidates = {word(token_bytes, i) for i, b in enumerate(token_bytes) if re.fullmatch(r" [^\W\d_]+", b.decode("utf-8", "replace"))}
+    # nearly all words of the range are there; what is missing is in too few documents
+    pieces = [piece.decode("utf-8", "replace") for piece in token_bytes]
+    candidates = {piece[1:].casefold() for piece in pieces if re.fullmatch(r" [^\W\d_]+", piece)}
     expected = {w for w in candidates if 50 <= count[w] <= 200 and not is_heldout(w)}
     assert {word(token_bytes, i) for i in drawn} <= expected and len(drawn) > 0.9 * len(expected)
-
 
 def test_a_tenth_of_the_words_is_held_out_whatever_the_seed_and_corpus(text):
     half = text[0][: int(np.flatnonzero(text[0] == EOT)[120]) + 1], text[1]
@@ -233,9 +242,10 @@ def test_a_tenth_of_the_words_is_held_out_whatever_the_seed_and_corpus(text):
             for heldout in (False, True):
                 words[heldout] |= {word(text[1], i) for i in sampler.episode(index, heldout).words}
     assert words[False].isdisjoint(words[True]) and len(words[True]) > 20 and len(words[False]) > 200
-    assert [w for w in ("the", "are", "of", "it", "file", "list", "a") if is_heldout(w)] == ["are", "it", "list"]
-    assert 0.09 < np.mean([is_heldout(a + b + c) for a in "bcdfghklmnprstvwxz" for b in "aeiouy" for c in "bcdfghklmnprstvwxz"]) < 0.11
-
+    assert list(filter(is_heldout, "the are of it file list a".split())) == ["are", "it", "list"]
+    consonants = "bcdfghklmnprstvwxz"
+    made_up = [a + b + c for a in consonants for b in "aeiouy" for c in consonants]
+    assert 0.09 < np.mean([is_heldout(w) for w in made_up]) < 0.11
 
 def test_labels_are_permuted_and_words_equally_likely(text):
     sampler, label, order = make(text, n_way=4), defaultdict(lambda: np.zeros(4)), Counter()
@@ -244,42 +254,39 @@ def test_labels_are_permuted_and_words_equally_likely(text):
         order[tuple(np.argsort(words).tolist())] += 1
         for c, w in enumerate(words.tolist()):
             label[w][c] += 1
-    assert len(order) == 24 and chi2(list(order.values())) < 3                     # all 4! orders, alike
-    assert np.mean([chi2(n) for n in label.values()]) < 1.3                        # a word has every label
-    assert chi2([n.sum() for n in label.values()]) < 1.5 and len(label) > 250      # and every word its share
-
+    assert len(order) == 24 and chi2(list(order.values())) < 3  # all 4! orders, alike
+    assert np.mean([chi2(n) for n in label.values()]) < 1.3  # a word has every label
+    assert chi2([n.sum() for n in label.values()]) < 1.5 and len(label) > 250  # and every word its share
 
 def chi2(counts):
     """Pearson's statistic over its degrees of freedom, about 1 if all counts have the same expectation."""
     counts = np.array(counts)
     return ((counts - counts.mean()) ** 2 / counts.mean()).sum() / (len(counts) - 1)
 
-
 def test_distinct_draws_every_ordered_choice_alike():
     rng = np.random.default_rng(0)
     drawn = distinct(rng, np.repeat([4, 3], 12000), 3)
     for n, rows, choices in ((4, drawn[:12000], 24), (3, drawn[12000:], 6)):
         seen = Counter(map(tuple, rows.tolist()))
-        assert len(seen) == choices and all(len(set(c)) == 3 and max(c) < n for c in seen) and chi2(list(seen.values())) < 2
-
+        assert len(seen) == choices and chi2(list(seen.values())) < 2
+        assert all(len(set(c)) == 3 and max(c) < n for c in seen)
 
 def test_documents_of_a_word_are_equally_likely_and_so_are_its_places_in_them():
     short = (" ;" * 40).join(["", " field", " grain", ""])
-    long = "".join(" ." * 40 + chr(65 + i) + " ." * 20 + " field" + " ." * 40 + " grain" for i in range(30)) + " ."
+    dots = " ." * 40
+    long = "".join(dots + chr(65 + i) + " ." * 20 + " field" + dots + " grain" for i in range(30)) + " ."
     tokens, token_bytes = spelled(long, *[short] * 5)
-    sampler = Sampler(tokens, token_bytes, eot=1000, mask=1001, n_way=2, k_shot=1, q_query=1, word_min_count=1)
+    sampler = Sampler(tokens, token_bytes, **TWO_WORDS | {"episode_len": 64})
     rows = np.concatenate([sampler.episode(i).query for i in range(1500)])
     from_long = rows[rows[:, 0] == tokens[0]]
-    assert abs(len(from_long) / len(rows) - 1 / 6) < 0.03  # the long document is one of six, although it has each word 30 times
-    assert len(np.unique(from_long, axis=0)) == 60         # and gives all of them
+    assert abs(len(from_long) / len(rows) - 1 / 6) < 0.03  # one of six, although it has each word 30 times
+    assert len(np.unique(from_long, axis=0)) == 60  # and gives all of them
 
-
-# -----------------------------------------------------------------------------
-# randomness
+# --------------------------------------------------------------------------------------------------
+# Randomness
 
 def equal(a, b):
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__)
-
 
 def test_an_episode_depends_on_seed_and_index_alone(text):
     first, second = make(text), make((text[0].copy(), text[1]))
@@ -289,13 +296,14 @@ def test_an_episode_depends_on_seed_and_index_alone(text):
         backwards.append(second.episode((5, e)))
         second.episode(e, heldout=True)  # evaluating in between disturbs nothing
     assert all(equal(a, b) for a, b in zip(forwards, reversed(backwards), strict=True))
-    others = [first.episode(index) for index in ((5, 1), (6, 0), 5, (5, 0, 0))] + [first.episode((5, 0), heldout=True)]
-    others += [make(text, seed=seed).episode(index) for seed, index in ((8, (5, 0)), ((7, 0), (5, 0)), ((7, 5), 0))]
+    others = [first.episode(index) for index in ((5, 1), (6, 0), 5, (5, 0, 0))]
+    others.append(first.episode((5, 0), heldout=True))
+    for seed, index in ((8, (5, 0)), ((7, 0), (5, 0)), ((7, 5), 0)):
+        others.append(make(text, seed=seed).episode(index))
     assert not any(equal(a, b) for i, a in enumerate(others) for b in [forwards[0], *others[:i]])
     assert equal(first.episode(np.int64(3)), first.episode(3))
-    first.words[True] = first.words[False]  # the random numbers of held-out episodes are others, too, not only the words
+    first.words[True] = first.words[False]  # not only the words are others, the random numbers too
     assert not equal(first.episode(3), first.episode(3, heldout=True))
-
 
 def test_pool_is_whole_documents_and_depends_on_seed_and_refresh(text, tmp_path):
     tokens = text[0]
@@ -307,36 +315,47 @@ def test_pool_is_whole_documents_and_depends_on_seed_and_refresh(text, tmp_path)
     pieces = [pool(corpus, len(tokens) // 3, 0, refresh, eot=EOT) for refresh in range(30)]
     for piece in pieces:
         assert piece[-1] == EOT and len(piece) < len(tokens)
-        found = [d.tobytes() for d in np.split(piece, np.flatnonzero(piece == EOT) + 1)[:-1]]
-        assert set(found) <= documents and len(set(found)) == len(found)
+        whole = [d.tobytes() for d in np.split(piece, np.flatnonzero(piece == EOT) + 1)[:-1]]
+        assert set(whole) <= documents and len(set(whole)) == len(whole)
     assert abs(np.mean([len(p) for p in pieces]) / (len(tokens) // 3) - 1) < 0.1
     reached = {d.tobytes() for p in pieces for d in np.split(p, np.flatnonzero(p == EOT) + 1)}
-    assert reached == documents                                                     # nothing is out of reach
+    assert reached == documents  # nothing is out of reach
     assert np.array_equal(pieces[4], pool(tokens, len(tokens) // 3, 0, 4, eot=EOT))
-    assert not np.array_equal(pieces[4], pieces[5]) and not np.array_equal(pieces[4], pool(tokens, len(tokens) // 3, 1, 4, eot=EOT))
+    for other in (pieces[5], pool(tokens, len(tokens) // 3, 1, 4, eot=EOT)):
+        assert not np.array_equal(pieces[4], other)
 
+def test_pools_change_every_thousand_steps_if_the_text_is_larger(text):
+    options = dict(eot=EOT, mask=MASK, n_way=4, k_shot=2, q_query=2, seed=(3, 2))
+    pools = Pools(*text, pool_tokens=len(text[0]) // 2, pool_seed=(3, 3), **options)
+    for step, number in ((1, 0), (2500, 2), (999, 0), (2999, 2)):
+        by_hand = Sampler(pool(text[0], len(text[0]) // 2, (3, 3), number, eot=EOT), text[1], **options)
+        assert equal(pools.sampler(step).episode((step, 1)), by_hand.episode((step, 1)))
+    assert pools.sampler(2000) is pools.sampler(2999)
+    fits = Pools(*text, pool_tokens=len(text[0]), pool_seed=(3, 3), **options)
+    assert fits.sampler(1) is fits.sampler(5000) and np.array_equal(fits.sampler(1).tokens, text[0])
+    assert fits.problem() == fits.problem(heldout=True) == ""
+    many = Pools(*text, pool_tokens=len(text[0]), pool_seed=0, **options | {"n_way": 100})
+    assert many.problem() == "" and "held-out words" in many.problem(heldout=True)
 
-# -----------------------------------------------------------------------------
-# errors, the printed task, speed
+# --------------------------------------------------------------------------------------------------
+# Errors, the printed task, speed
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(n_way=1), "n_way=1 must be at least 2"), (dict(k_shot=0), "k_shot=0 must"), (dict(q_query=0), "q_query=0 must"),
-    (dict(episode_len=15), "episode_len=15 must be at least 16"), (dict(readout="after"), "readout='after' must be before, mask or last"),
     (dict(n_way=5000), "n_way=5000, but only .* lower n_way"),
     (dict(word_min_count=10**6), "only 0 training words .* lower .* word_min_count"),
     (dict(word_max_count=1), "raise word_max_count"), (dict(k_shot=300), "lower n_way, k_shot"),
-    (dict(episode_len=10**6), "episode_len=1000000 is longer than the longest document, .* lower episode_len")])
+    (dict(episode_len=10**6), "episode_len=1000000 is longer than the longest .* lower episode_len"),
+])
 def test_impossible_settings_are_one_line_that_names_the_setting(text, settings, message):
     with pytest.raises(ValueError, match=message) as error:
         make(text, **settings)
     assert "\n" not in str(error.value)
 
-
 def test_impossible_corpora_are_one_line(text):
     tokens, token_bytes = text
     with pytest.raises(ValueError, match=r"no <\|mask\|> token"):
         Sampler(tokens, token_bytes, eot=EOT, mask=None)
-    with pytest.raises(ValueError, match=r"contains the blank"):
+    with pytest.raises(ValueError, match=r"contains <\|mask\|>"):
         Sampler(np.append(tokens, np.uint16(MASK)), token_bytes, eot=EOT, mask=MASK)
     with pytest.raises(ValueError, match=r"held-out words .* lower n_way"):
         make(text, n_way=100).episode(0, heldout=True)
@@ -344,7 +363,6 @@ def test_impossible_corpora_are_one_line(text):
         pool(tokens, STRETCHES - 54, 0, 0, eot=EOT)
     with pytest.raises(ValueError, match=r"raise pool_tokens"):
         pool(np.zeros(10**6, np.uint16), 64, 3, 0, eot=EOT)
-
 
 def test_a_task_prints_as_sentences(text):
     episode = make(text, n_way=3, k_shot=2, q_query=1, episode_len=24).episode(0)
@@ -355,31 +373,35 @@ def test_a_task_prints_as_sentences(text):
     examples = printed[printed.index("EXAMPLES") : printed.index("QUESTIONS")]
     assert [examples.count(f"[{c}]") for c in range(3)] == [2, 2, 2]
 
-
 def test_script_prints_a_task_of_the_corpus_or_one_line(text, tmp_path):
     tokens, token_bytes = text
     half = int(np.flatnonzero(tokens == EOT)[100]) + 1
     tokens[half:].tofile(tmp_path / "train.bin")
     tokens[:half].tofile(tmp_path / "val.bin")
-    (tmp_path / "tokenizer.tiktoken").write_bytes(b"".join(base64.b64encode(b) + b" %d\n" % i for i, b in enumerate(token_bytes)))
-    sizes = {"train": {"documents": 1, "tokens": len(tokens) - half, "bytes": 1}, "val": {"documents": 1, "tokens": half, "bytes": 1}}
-    digest = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("train.bin", "val.bin", "tokenizer.tiktoken")}
+    lines = [base64.b64encode(piece) + b" %d\n" % i for i, piece in enumerate(token_bytes)]
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+    sizes = {"train": {"documents": 1, "tokens": len(tokens) - half, "bytes": 1},
+             "val": {"documents": 1, "tokens": half, "bytes": 1}}
+    digest = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+              for name in ("train.bin", "val.bin", "tokenizer.tiktoken")}
     (tmp_path / "meta.json").write_text(json.dumps({
-        "format": 1, "name": "test", "vocab_size": 1536, "pattern": GPT2, "special_tokens": {"<|endoftext|>": EOT, "<|mask|>": MASK},
+        "format": 1, "name": "test", "vocab_size": 1536, "pattern": GPT2,
+        "special_tokens": {"<|endoftext|>": EOT, "<|mask|>": MASK},
         "splits": sizes, "sources": [], "versions": {}, "sha256": digest,
         "corpus_hash": hashlib.sha256("".join(digest.values()).encode()).hexdigest()[:12]}))
     script = [sys.executable, str(Path(__file__).parents[1] / "smlmt.py")]
     run = subprocess.run([*script, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0 and run.stderr == "" and run.stdout.count("_____") == 12 and "ANSWERS: a = " in run.stdout, run
+    assert run.returncode == 0 and run.stderr == "", run
+    assert run.stdout.count("_____") == 12 and "ANSWERS: a = " in run.stdout, run
     run = subprocess.run([*script, str(tmp_path / "nowhere")], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == "" and re.fullmatch(r"error: [^\n]+\n", run.stderr), run
-
 
 @pytest.mark.slow
 def test_two_hundred_episodes_a_second(text):
     tokens, token_bytes = np.tile(text[0], 10), text[1]
     started = time.perf_counter()
-    sampler = Sampler(tokens, token_bytes, eot=EOT, mask=MASK, n_way=32, episode_len=128, word_max_count=50_000)
+    settings = dict(n_way=32, episode_len=128, word_max_count=50_000)
+    sampler = Sampler(tokens, token_bytes, eot=EOT, mask=MASK, **settings)
     assert time.perf_counter() - started < 5
     started = time.perf_counter()
     for index in range(200):

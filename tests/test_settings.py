@@ -1,12 +1,14 @@
-"""configurator.py, rule by rule: what a setting may be, who has the last word, and the one line that a mistake ends with."""
+"""plumbing/settings.py: what a setting may be, who has the last word, and the line that a mistake gets."""
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 from conftest import ROOT, run_script
 
-import configurator
-
+from config import defaults
+from plumbing import settings
+from plumbing.settings import Count, Positive, Share, Whole
 
 @dataclass
 class Config:
@@ -15,8 +17,13 @@ class Config:
     steps: int = 10  # how many
     # Second
     rate: float = 0.5  # how fast; any number # above zero
-    loud: bool = False  # whether to say so
-
+    loud: bool = False  # whether to print more
+    kind: Literal["red", "blue"] = "red"  # its colour
+    n: Count = 1  # how many at least
+    start: Whole = 0  # where
+    share: Share = 0.5  # of all
+    lr: Positive = 0.1  # how fast
+    source: list[str] = field(default_factory=list)  # where from
 
 @pytest.fixture
 def write(tmp_path):
@@ -29,10 +36,8 @@ def write(tmp_path):
 
     return write
 
-
-def load(*words):
-    return configurator.load(Config, list(words))
-
+def load(*words, rules=()):
+    return settings.load(Config, "", rules, list(words))
 
 def mistake(capsys, *words):
     """The one line that these words end with."""
@@ -43,57 +48,52 @@ def mistake(capsys, *words):
     assert re.fullmatch(r"error: [^\n]+\n", output.err) and output.out == ""
     return output.err
 
-
 def test_defaults():
-    assert load() == (Config("plain", 10, 0.5, False), [])
-
+    assert load() == (Config("plain", 10, 0.5, False, "red", 1, 0, 0.5, 0.1, []), [])
 
 def test_command_line():
     config, rest = load("--name=a=b c", "--steps=-3", "--rate=1e-4", "--loud=True")
     assert config == Config("a=b c", -3, 1e-4, True) and rest == []
 
-
-@pytest.mark.parametrize(("text", "value"), [("True", True), ("true", True), ("False", False), ("false", False)])
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("true", True), ("False", False)])
 def test_booleans(text, value):
     assert load("--loud=" + ("False" if value else "True"), f"--loud={text}")[0].loud is value
-
 
 def test_an_int_passes_for_a_float(write):
     for config, _ in (load("--rate=3"), load(write("rate = 3"))):
         assert config.rate == 3.0 and type(config.rate) is float
 
-
 def test_config_file(write):
     config, rest = load(write("import math\nname = 'from file'\n_half = math.pi / 2\nrate = _half"))
     assert config == Config("from file", 10, pytest.approx(1.5707963), False) and rest == []
 
-
 def test_the_later_file_and_always_the_command_line_win(write):
-    first, second = write("name = 'first'\nsteps = 1\nrate = 1.0", "first.py"), write("name = 'second'\nsteps = 2", "second.py")
+    first = write("name = 'first'\nsteps = 1\nrate = 1.0", "first.py")
+    second = write("name = 'second'\nsteps = 2", "second.py")
     assert load(first, second)[0] == Config("second", 2, 1.0)
     assert load(second, first)[0] == Config("first", 1, 1.0)
     assert load("--steps=3", first, second)[0] == Config("second", 3, 1.0)
     assert load(first, "--steps=3", "--steps=4", second)[0] == Config("second", 4, 1.0)
 
-
 def test_other_words_come_back(write):
     config, rest = load("out/run", write("steps = 5"), "--name=x", "two words")
     assert config == Config("x", 5) and rest == ["out/run", "two words"]
 
-
-def test_files_are_found_from_any_folder(write, tmp_path, monkeypatch):
+def test_files_are_found_from_any_folder(write, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("steps = 7", "near.py")
     assert load("near.py")[0].steps == 7  # beside the user
-    assert "from config/train_11m.py" in mistake_of_train(tmp_path)  # beside the code
+    assert "(from config/train_65m.py)" in mistake(capsys, "config/train_65m.py")  # beside the code
 
+def test_a_list_grows_word_by_word(write):
+    assert load("--source=a", "--source=b=c")[0].source == ["a", "b=c"]
+    assert load(write("source = ['x', 'y']"))[0].source == ["x", "y"]
 
-def mistake_of_train(folder):
-    """The mistake in the repository's own file is that this dataclass has no d_model, so the file was found and read."""
-    with pytest.raises(configurator.SettingError) as error:
-        configurator.from_file(Config, "config/train_11m.py")
-    return str(error.value)
-
+def test_rules_show_the_settings_that_they_name(capsys):
+    with pytest.raises(SystemExit):
+        load("--n=3", rules=[(lambda c: c.n < c.steps, "n must be below steps"),
+                             (lambda c: c.n > 5, "n must be above 5, said rate")])
+    assert capsys.readouterr().err == "error: n = 3, rate = 0.5: n must be above 5, said rate\n"
 
 @pytest.mark.parametrize(("word", "said"), [
     ("--stepz=3", ["'stepz'", "'steps'", "command line", "--help"]),
@@ -106,11 +106,18 @@ def mistake_of_train(folder):
     ("--loud=1", ["--loud=1", "True or False"]),
     ("--loud", ["--loud", "--key=value"]),
     ("-loud=True", ["-loud=True", "--key=value"]),
-])  # fmt: skip
+    ("--kind=green", ["kind = 'green'", "one of red, blue"]),
+    ("--n=0", ["n = 0", "1 or more"]),
+    ("--start=-1", ["start = -1", "0 or more"]),
+    ("--share=1.1", ["share = 1.1", "from 0 to 1"]),
+    ("--share=nan", ["share = nan", "from 0 to 1"]),
+    ("--lr=0", ["lr = 0.0", "above 0"]),
+    ("--lr=inf", ["lr = inf", "above 0"]),
+    (f"--n={10**30}", ["n = 1000", "1 or more"]),
+])
 def test_mistakes_on_the_command_line(capsys, word, said):
     line = mistake(capsys, word)
     assert all(part in line for part in said), line
-
 
 @pytest.mark.parametrize(("text", "said"), [
     ("stepz = 3", ["'stepz'", "'steps'"]),
@@ -125,52 +132,49 @@ def test_mistakes_on_the_command_line(capsys, word, said):
     ("import json\nsteps = 1\nname = json.loads('{')", ["line 3", "JSONDecodeError"]),
     ("def _f():\n    raise ValueError('one\\ntwo')\n\n_f()", ["ValueError", "line"]),
     ("import nowhere_to_be_found", ["line 1", "ModuleNotFoundError"]),
-])  # fmt: skip
+])
 def test_mistakes_in_a_file(capsys, write, text, said):
     path = write(text)
     line = mistake(capsys, path)
     assert path in line and all(part in line for part in said), line
 
-
 def test_a_file_that_is_not_there(capsys):
     line = mistake(capsys, "config/train_11.py")
     assert "no config file config/train_11.py" in line and "config/train_11m.py" in line
 
-
 def test_mistakes_in_a_file_stop_even_what_the_command_line_overrules(capsys, write):
     assert "'stepz'" in mistake(capsys, write("stepz = 3"), "--steps=3")
 
-
 def test_help_shows_every_setting(capsys):
     with pytest.raises(SystemExit) as ended:
-        configurator.load(Config, ["--stepz=3", "--help"], usage="Does things.\n\n    python thing.py")
+        settings.load(Config, "Does things.\n\n    python thing.py", argv=["--stepz=3", "--help"])
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[10].split() == ["--kind=red", "its", "colour", "(red,", "blue)"]
     assert lines[:4] == ["Does things.", "", "    python thing.py", ""]
-    assert [line.split() for line in lines[4:]] == [
+    assert [line.split() for line in lines[4:10]] == [
         ["First"],
         ["--name=plain", "of", "the", "thing"],
         ["--steps=10", "how", "many"],
         ["Second"],
-        *[line.split() for line in ("--rate=0.5  how fast; any number # above zero", "--loud=False  whether to say so")],
+        "--rate=0.5 how fast; any number # above zero".split(),
+        "--loud=False whether to print more".split(),
     ]
 
+@pytest.mark.parametrize("script", sorted([*ROOT.glob("*.py"), ROOT / "data" / "prepare.py"], key=str))
+def test_help_of_every_script(script, tmp_path):
+    """Every field of its Config is shown with its default and its comment; from any folder; at once."""
+    source = (ROOT / "config/defaults.py" if script.name == "train.py" else script).read_text()
+    if "class Config" not in source:
+        return
+    shown = run_script(script, "--help", cwd=tmp_path).stdout
+    body = source.split("class Config:\n")[1].split("\n\n")[0]
+    fields = re.findall(r"^    (\w+): [^=\n]+ = .+?  # (.+)$", body, re.MULTILINE)
+    assert len(fields) == len(re.findall(r"^    \w+: ", body, re.MULTILINE))
+    for key, comment in fields:
+        assert re.search(rf"^  --{key}=.* {re.escape(comment)}", shown, re.MULTILINE), key
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_help_of_the_scripts_shows_every_setting_with_default_and_comment(script, tmp_path):
-    shown = run_script(ROOT / script, "--help", cwd=tmp_path).stdout
-    source = (ROOT / script).read_text().split("class Config:\n")[1].split("\n\n\n")[0]
-    fields = re.findall(r"^    (\w+): (\w+) = (.+?)  # (.+)$", source, re.MULTILINE)
-    assert len(fields) == len(re.findall(r"^    \w+: ", source, re.MULTILINE)) >= 7  # every field has a comment
-    for name, kind, default, comment in fields:
-        default = {"int": default.replace("_", ""), "float": str(float(default)) if kind == "float" else ""}.get(kind, default.strip('"'))
-        default = "[^ ]+" if "os.path" in default else re.escape(default)
-        assert re.search(rf"^  --{name}={default} +{re.escape(comment)}$", shown, re.MULTILINE), name
-
-
-def test_every_config_file_sets_what_there_is():
-    """Read by text, not run: files may look for a GPU."""
-    names = set(re.findall(r"^    (\w+): \w+ = ", (ROOT / "train.py").read_text().split("class Config:\n")[1].split("\n\n\n")[0], re.MULTILINE))
-    for path in (ROOT / "config").glob("train_*.py"):
-        assigned = {name.strip() for line in re.findall(r"^ *([a-z]\w*(?:, \w+)*) = ", path.read_text(), re.MULTILINE) for name in line.split(",")}
-        assert assigned and assigned <= names, (path.name, assigned - names)
+def test_config_files_set_what_there_is():
+    for path in sorted((ROOT / "config").glob("train_*.py")):
+        config, _ = settings.load(defaults.Config, "", defaults.RULES, [str(path)])
+        assert config.n_layers == 12 and path.stem.removeprefix("train_") in config.out_dir
