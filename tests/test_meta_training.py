@@ -283,7 +283,7 @@ def test_heldout_words_are_never_trained_on(runs, data_dir):
     assert words[True] <= heldout and not heldout & (words["training"] | words[False])
 
 def test_training_and_evaluations_read_their_own_split(runs, data_dir):
-    train, val = (zlib.crc32((data_dir / f"docstrings/{split}.bin").read_bytes()) for split in ("train", "val"))
+    train, val = (zlib.crc32((data_dir / f"docstrings/{name}.bin").read_bytes()) for name in ("train", "val"))
     seen = {(isinstance(index, tuple), crc) for index, _, _, crc, _ in witnessed(runs[0], "still 1")[0]}
     assert seen == {(True, train), (False, val)}
 

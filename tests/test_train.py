@@ -133,9 +133,13 @@ def test_first_steps_are_those_of_a_loop_written_by_hand(quick_start, data_dir):
 
 def stop_after(words, step, *signals, ignored=()):
     """Send signals to a run once it has printed a step. Its exit code and what it printed."""
+    def before():  # whatever is ignored where the tests run
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
     process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, bufsize=0, pipesize=4096,  # it runs 50 lines ahead
-                               preexec_fn=lambda: [signal.signal(n, signal.SIG_IGN) for n in ignored])
+                               preexec_fn=before)
     printed = b""
     while f"\nstep {step:6d}/".encode() not in printed:
         line = process.stdout.readline()
@@ -197,8 +201,8 @@ def results(quick_start, tmp_path_factory):
 
     # Variations
     case("evaluated often", eval_interval=7, ckpt_interval=1000, log_interval=50, eval_steps=1)
-    case("accumulated", micro_batch_size=2)
-    case("cosine", schedule="cosine", max_steps=30, dtype="bfloat16")
+    case("accumulated", micro_batch_size=2, max_steps=20)
+    case("cosine", schedule="cosine", max_steps=30)
     case("no warm-up", schedule="constant", warmup_steps=0, max_steps=4, seed=1)
     copy("raised")
     case("raised", resume=True, max_steps=STEPS + 10)
@@ -239,7 +243,7 @@ def test_evaluating_more_often_changes_no_training_number(results, quick_start):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(results, quick_start):
     parts, whole = log_of(results[0] / "accumulated", "lm"), log_of(quick_start.folder, "lm")
-    for part, line in zip(parts[:40], whole[:40], strict=True):  # later, rounding has grown
+    for part, line in zip(parts, whole[:20], strict=True):  # the warm-up
         for key, rel in (("lm_loss", 1e-5), ("grad_norm", 1e-3), ("flops", 0)):
             assert part[key] == pytest.approx(line[key], rel=rel)
 
