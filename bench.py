@@ -31,6 +31,7 @@ import eval_ner
 import maml
 import smlmt
 from model import Llama, ModelConfig
+from plumbing.checkpoint import hf_config
 from plumbing.corpus import load_corpus
 from plumbing.machine import choose_device, choose_dtype, peak_memory
 
@@ -53,9 +54,6 @@ SHAPES = {  # the model, rows of a language-model step; episodes, window length,
 # --------------------------------------------------------------------------------------------------
 # Ways: functions that set something up and return one step of it
 
-def autocast(dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
 def optimized(parameters, loss):
     """A step of AdamW on loss()."""
     parameters = list(parameters)
@@ -74,18 +72,14 @@ def lm_step(name, peer, compiled, dtype):
     idx = torch.randint(shape.vocab_size, (B, shape.block_size + 1), device=device)
     if peer:
         from transformers import LlamaConfig, LlamaForCausalLM
-
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=shape.vocab_size, hidden_size=shape.d_model, num_hidden_layers=shape.n_layers,
-            num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads, use_cache=False,
-            intermediate_size=shape.d_ff, max_position_embeddings=shape.block_size)).to(device)
+        model = LlamaForCausalLM(LlamaConfig(**hf_config(shape), use_cache=False)).to(device)
     else:
         model = Llama(shape).to(device)
     if compiled:
         model.compile(dynamic=False) if peer else model.compile_parts()
 
     def loss():
-        with autocast(dtype):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if peer:
                 return model(input_ids=idx[:, :-1], labels=idx[:, :-1]).loss
             return model(idx[:, :-1], idx[:, 1:])
@@ -94,19 +88,20 @@ def lm_step(name, peer, compiled, dtype):
 def meta_step(name, backbone_again):
     """A meta step of first order: ours, or with the backbone run again in each inner step."""
     shape, _, (E, length, n_way, shots) = SHAPES[name]
-    corpus = load_corpus(os.path.join(config.data_dir, "docstrings"))
+    corpus = load_corpus(f"{config.data_dir}/docstrings")
     sampler = smlmt.Sampler(np.asarray(corpus.train), corpus.token_bytes, eot=corpus.eot, mask=corpus.mask,
                             n_way=n_way, k_shot=shots, q_query=shots, episode_len=length)
-    episodes = [sampler.episode(i) for i in range(E)]
-    names = [f"{part}{end}" for part in ("support", "query") for end in ("", "_pos", "_labels")]
-    e = {key: torch.from_numpy(np.stack([getattr(one, key) for one in episodes])).to(device) for key in names}
+    episodes = [vars(sampler.episode(i)) for i in range(E)]
+    e = {key: torch.from_numpy(np.stack([episode[key] for episode in episodes])).to(device)
+         for key in episodes[0] if key.startswith(("support", "query"))}
     model = Llama(shape).to(device)
     model.compile_parts()
     head = {key: p.to(device).requires_grad_() for key, p in maml.init_head(shape.d_model, n_way).items()}
 
     def features(part, grad):  # (E, M, C)
         tokens, positions = e[part], e[f"{part}_pos"]
-        with autocast(DTYPES[0]), torch.set_grad_enabled(grad):
+        half = torch.autocast(device.type, DTYPES[0], enabled=DTYPES[0] != torch.float32)
+        with half, torch.set_grad_enabled(grad):
             return model.features_at(tokens.flatten(0, 1), positions.flatten()).unflatten(0, positions.shape)
 
     def ours():
@@ -129,9 +124,8 @@ def meta_step(name, backbone_again):
 
 def ner_tuning(cached):
     """Head-only tuning on 1,000 sentences of 20 words, with 300 to stop by, for ten epochs."""
-    corpus, shape = load_corpus(os.path.join(config.data_dir, "docstrings")), SHAPES["quick start"][0]
-    text = corpus.tokenizer.decode(np.asarray(corpus.val[:60_000]).tolist()).split()
-    text *= -(-26_000 // len(text))  # of a small corpus more than once
+    corpus, shape = load_corpus(f"{config.data_dir}/docstrings"), SHAPES["quick start"][0]
+    text = np.resize(corpus.tokenizer.decode(corpus.val[:60_000].tolist()).split(), 26_000).tolist()
     tags = np.random.default_rng(0).choice(["O", "B-PER"], 26_000, p=[0.95, 0.05]).tolist()
     sentences = [eval_ner.Sentence(text[i : i + 20], tags[i : i + 20], "") for i in range(0, 26_000, 20)]
     settings = eval_ner.Config(head_epochs=10, patience=0, device=device.type)
@@ -140,8 +134,7 @@ def ner_tuning(cached):
     model = Llama(shape).to(device).eval()
 
     def step():
-        plain = torch.no_grad()(partial(eval_ner.word_features, model))
-        read = eval_ner.frozen(model) if cached else plain
+        read = eval_ner.frozen(model) if cached else torch.no_grad()(partial(eval_ner.word_features, model))
         eval_ner.tune(settings, read, [], shape.d_model, rows, dev_rows, dev, seed=0)
     return step
 
@@ -151,23 +144,23 @@ def first_step(warm):
 
     def step():
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache if warm else tempfile.mkdtemp()}
-        command = [ROOT / "train.py", "config/train_11m.py", "--max_steps=1", f"--data_dir={config.data_dir}"]
-        command = [sys.executable, *command, f"--out_dir={tempfile.mkdtemp()}/run"]
+        command = [sys.executable, ROOT / "train.py", "config/train_11m.py", "--max_steps=1",
+                   f"--data_dir={config.data_dir}", f"--out_dir={tempfile.mkdtemp()}/run"]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     return step
 
 LM = {f"{'Hugging Face' if peer else 'ours'}, {'compiled' if compiled else 'eager'} {str(dtype)[6:]}":
       (peer, compiled, dtype) for dtype in DTYPES for compiled in (True, False) for peer in (False, True)}
+META = {"ours": False, "backbone in each inner step": True}
+NER = {"features computed once": True, "features computed at each step": False}
+STARTUP = {"compiled by an earlier run": True, "nothing compiled yet": False}
 PARTS = {  # part of the benchmark: {title: {way: a function that sets it up}}
     "lm": {f"language-model step, {name}": {way: partial(lm_step, name, *how) for way, how in LM.items()}
            for name in SHAPES},
-    "meta": {f"meta step, {name}": {"ours": partial(meta_step, name, False),
-                                    "backbone in each inner step": partial(meta_step, name, True)}
+    "meta": {f"meta step, {name}": {way: partial(meta_step, name, how) for way, how in META.items()}
              for name in SHAPES},
-    "ner": {"head-only named entities": {"features computed once": partial(ner_tuning, True),
-                                         "features computed at each step": partial(ner_tuning, False)}},
-    "startup": {"a run of one step": {"compiled by an earlier run": partial(first_step, True),
-                                      "nothing compiled yet": partial(first_step, False)}},
+    "ner": {"head-only named entities": {way: partial(ner_tuning, how) for way, how in NER.items()}},
+    "startup": {"a run of one step": {way: partial(first_step, how) for way, how in STARTUP.items()}},
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -212,7 +205,7 @@ if set(words) - set(PARTS):
 print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
 results = []
 for part in words or PARTS:
-    for title, ways in PARTS[part].items():
-        results += compare(part, title, ways)
+    for title in PARTS[part]:
+        results += compare(part, title, PARTS[part][title])
         write_atomic(config.out, json.dumps(results, indent=1))
 print(f"\nwritten {config.out}")

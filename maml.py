@@ -28,8 +28,7 @@ from torch.func import grad, vmap
 def init_head(d_model, n_way, layers=1, hidden=128, generator=None):
     """Initial weights of a classifier of `layers` linear layers with ReLU between, float32 on the CPU.
 
-    One layer is a linear classifier. `layers=4, hidden=128` is the head of Africa et al. 2025
-    (https://arxiv.org/abs/2508.02189): Xavier, except that our last layer is zero.
+    layers=4 is the head of Africa et al. 2025 (https://arxiv.org/abs/2508.02189), but for the last layer's 0.
     """
     widths = [d_model] + [hidden] * (layers - 1) + [n_way]
     head = {}
@@ -62,9 +61,8 @@ def columns(head, words):
     """The heads of E episodes, cut from one with an output per vocabulary id: N outputs, a leading E.
 
     For the multi-task control, which does not adapt in training (inner_steps=0). There a word needs an output
-    of its own, since labels that are permuted anew in every episode can be learnt only by adapting. With
-    `head = init_head(d_model, vocab_size)` the loss of a step is `episode_loss(columns(head, words), ...,
-    steps=0)`, where words (E, N) are vocabulary ids in label order. Gradients reach the columns in use.
+    of its own, since labels that are permuted anew in every episode can be learnt only by adapting. words
+    (E, N): vocabulary ids in label order. Gradients reach the columns in use.
     """
     last = f"{last_layer(head)}."
     return {name: p[words] if name.startswith(last) else p.expand(len(words), *p.shape)
@@ -74,17 +72,11 @@ def columns(head, words):
 # What adapts besides the head
 
 TARGETS = {  # target -> beginnings of the names of its parameters within a block
-    "head": [],
-    "attention": ["attention."],
-    "mlp": ["mlp."],
-    "attention+mlp": ["attention.", "mlp."],
-    "norms": ["attention_norm.", "mlp_norm."],
-    "all": [""],
-}
+    "head": [], "attention": ["attention."], "mlp": ["mlp."], "attention+mlp": ["attention.", "mlp."],
+    "norms": ["attention_norm.", "mlp_norm."], "all": [""]}
 
 class Reader(torch.nn.Module):
     """A model with `features_at` for its forward, since functional_call calls no other method."""
-
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -170,10 +162,8 @@ def episode_loss(head, support, support_labels, query, query_labels, *, lr, step
 
     head: initial weights, one dict for all episodes or one with a leading E on every tensor (see `columns`).
     support, query: features as the backbone gives them, (E, N*K, d) and (E, N*Q, d), of any float dtype.
-    Labels: int64 in 0..N-1.
-
-    The loss is a scalar in nats, differentiable in head and query, at second order in support too. The
-    numbers are detached, (E,) each: a training step logs their mean, an evaluation their standard error too.
+    The loss, in nats, is differentiable in head and query, at second order in support too. The numbers are
+    detached, (E,) each.
     """
     def episode(head, support, query):  # each of the two a batch of (features (M, d), labels (M,))
         return adapted_loss(head_logits, head, support, query, lr=lr, steps=steps, first_order=first_order)

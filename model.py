@@ -127,14 +127,11 @@ class Llama(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draw all weights anew: the only place where any is set (GPT-2's scheme, Radford et al. 2019)."""
+        """Draw all weights anew (GPT-2's scheme, Radford et al. 2019). Logits are small: the loss is ln V."""
         std = 0.02
-        # 2 n_layers matrices write to the residual stream: together they add std^2.
-        residual_std = std / math.sqrt(2 * self.config.n_layers)
-        # Logits of 0.5 or less, so that the first loss is ln V.
-        unembedding_std = min(std, 0.5 / math.sqrt(self.config.d_model))
+        residual_std = std / math.sqrt(2 * self.config.n_layers)  # of 2 n_layers matrices that add up
         nn.init.normal_(self.embedding.weight, std=std)
-        nn.init.normal_(self.unembedding.weight, std=unembedding_std)
+        nn.init.normal_(self.unembedding.weight, std=min(std, 0.5 / math.sqrt(self.config.d_model)))
         for block in self.blocks:
             attention, mlp = block.attention, block.mlp
             for reads in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate, mlp.up):
@@ -207,8 +204,7 @@ class Llama(nn.Module):
         return (2 * weights + attention) * (3 if backward else 1)
 
     def compile_parts(self):
-        """Compile what training spends its time in; see the end of the file."""
-        compile_parts(self)
+        compile_parts(self)  # see the end of the file
 
 # --------------------------------------------------------------------------------------------------
 # Speed on a CPU. The last line of `attend` is all that attention needs; the rest only makes it faster. The

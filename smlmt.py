@@ -21,6 +21,7 @@ trained on; an episode is a pure function of (text, seed, index), so that runs c
 
     python smlmt.py [corpus folder]    prints one small task
 """
+import string
 import textwrap
 import zlib
 from dataclasses import dataclass
@@ -62,10 +63,7 @@ def generator(seed, *index):
     return np.random.default_rng(numbers)
 
 def distinct(rng, sizes, k):
-    """k different integers below each of `sizes` (n,), in random order: (n, k).
-
-    Floyd's algorithm (CACM 30(9), 1987), all rows at once.
-    """
+    """k different integers below each of `sizes` (n,), in random order: (n, k). Floyd, CACM 30(9), 1987."""
     chosen = np.empty((len(sizes), k), np.int64)
     for i in range(k):
         last = sizes - k + i
@@ -84,10 +82,9 @@ def changes(*columns):
 def pool(tokens, pool_tokens, seed, refresh, *, eot):
     """The text that a Sampler works on from one refresh to the next, as an array in memory.
 
-    All of `tokens` (a memmap, say) if these are no more than `pool_tokens`, else about that many of them,
-    chosen by `seed` (int or tuple of ints) and `refresh` alone. The corpus is divided into equal cells, of
-    which STRETCHES are drawn. A cell stands for the documents that start in it. So the pieces are cut at
-    document boundaries, and no text is out of reach.
+    All of `tokens` if these are no more than `pool_tokens`, else about that many, chosen by `seed` (int or
+    tuple of ints) and `refresh` alone. The corpus is divided into equal cells, of which STRETCHES are drawn.
+    A cell stands for the documents that start in it: pieces are whole documents, and all can be reached.
     """
     if len(tokens) <= pool_tokens:
         return np.array(tokens)
@@ -112,10 +109,7 @@ def pool(tokens, pool_tokens, seed, refresh, *, eot):
     return text
 
 class Pools:
-    """Samplers over a text that may be larger than memory: one pool at a time, anew every POOL_STEPS steps.
-
-    `options` are those of Sampler, whose ValueErrors come from here too.
-    """
+    """Samplers (with `options`) over a text of any size: one pool at a time, anew every POOL_STEPS steps."""
 
     def __init__(self, tokens, token_bytes, *, pool_tokens, pool_seed, eot, **options):
         self.tokens, self.token_bytes, self.eot, self.options = tokens, token_bytes, eot, options
@@ -176,28 +170,23 @@ def read_vocabulary(token_bytes, size):
 class Sampler:
     """Draws episodes from a pool of text. Making one indexes the pool; an episode then is a few gathers.
 
-    tokens         (n,) unsigned integers: the pool, its documents ended by the id `eot`
-    token_bytes    the bytes of each ordinary token, by id
-    mask           the id that stands for the word; None if the corpus has no such id
-    readout        where features are read: `before` the mask, at the `mask`, or at the `last` token. With the
-                   first two the mask ends the window, with `last` up to a quarter of the window follows it
+    tokens       (n,) unsigned integers: the pool, its documents ended by the id `eot`
+    token_bytes  the bytes of each ordinary token, by id
+    mask         the id that stands for the word; None if the corpus has no such id
+    readout      where features are read: `before` the mask, at the `mask`, or at the `last` token. With the
+                 first two the mask ends the window, with `last` up to a quarter of the window follows it
     word_min_count, word_max_count
-                   the frequency range: how often a word occurs in the pool, in any spelling. Below it there
-                   are hardly enough windows. Above it stand function words, which fill their documents so
-                   much that few windows hold them just once
-    seed           int, or tuple of ints
+                 how often a word occurs in the pool, in any spelling. Rarer ones have too few windows.
+                 Function words fill their documents so much that few windows hold them just once
+    seed         int, or tuple of ints
 
-    ValueError, one line that says which setting to change: the pool cannot give what is asked for.
+    ValueError: the pool cannot give what is asked for. Its one line says which setting to change.
     """
 
     def __init__(self, tokens, token_bytes, *, eot, mask, n_way=16, k_shot=4, q_query=4, episode_len=64,
                  readout="before", word_min_count=20, word_max_count=5000, seed=0):
-        if mask is None:
-            raise ValueError("the corpus has no <|mask|> token; prepare it again with data/prepare.py, "
-                             "or change dataset")
-        if (tokens == mask).any():
-            raise ValueError(f"the text of the corpus contains <|mask|> = {mask}; prepare it again with "
-                             "data/prepare.py")
+        if mask is None or (tokens == mask).any():
+            raise ValueError("no <|mask|> token, or a text that contains <|mask|>; prepare the dataset again")
         self.tokens, self.eot, self.mask, self.seed = tokens, eot, mask, seed
         self.n_way, self.k_shot, self.q_query = n_way, k_shot, q_query
         self.episode_len, self.readout = episode_len, readout
@@ -215,10 +204,10 @@ class Sampler:
     def _index_words(self, vocabulary, token_bytes):
         """Finds the forms in the text. Returns
 
-        starts (c,)    where chunks start, and n at the end: a cut here cuts no word
-        place (m,)     the start of each chunk in which a form occurs
-        form (m,)      the number of the form
-        whole (m,)     whether the chunk is just " word" and so can be masked
+        starts (c,)  where chunks start, and n at the end: a cut here cuts no word
+        place (m,)   the start of each chunk in which a form occurs
+        form (m,)    the number of the form
+        whole (m,)   whether the chunk is just " word" and so can be masked
         """
         tokens, v = self.tokens, vocabulary
         goes_on = v.ends[tokens[:-1]] & v.begins[tokens[1:]]  # (n-1,) a word goes on from a token to the next
@@ -246,7 +235,7 @@ class Sampler:
         return starts, place, form, np.append(whole, np.zeros(len(place_read), bool))
 
     def _index_windows(self, starts, place, form, whole):
-        """Gives every place that can be masked its window, tokens lo to hi, exclusive.
+        """Sets place, lo, hi and doc of each window: the mask, the tokens lo to hi - 1, the document.
 
         Returns the form of each window, and where its document starts.
         """
@@ -310,14 +299,12 @@ class Sampler:
             raise ValueError(
                 f"n_way={self.n_way}, but only {have} {kind} words with {self.word_min_count} to "
                 f"{self.word_max_count} occurrences have {self.k_shot} + {self.q_query} windows far enough "
-                "apart; lower n_way, k_shot, q_query or word_min_count, raise word_max_count or pool_tokens, "
-                "or take a larger corpus")
+                "apart; lower n_way, k_shot, q_query or word_min_count, raise word_max_count or pool_tokens")
 
     def episode(self, index, heldout=False):
-        """The task of this index, an int or a tuple of ints such as (step, number).
+        """The task of this index, an int or a tuple of ints such as (step, number): the same at every call.
 
-        It is the same at every call, whatever was asked for before. Words are equally likely, and so are the
-        documents of a word, so that neither frequent words nor long documents prevail.
+        Words are equally likely, and so are the documents of a word.
         """
         self._check_enough_words(heldout)
         N, K, Q = self.n_way, self.k_shot, self.q_query
@@ -336,10 +323,7 @@ class Sampler:
                        words=self.canonical[form], far_share=float(other_doc.all((1, 2)).mean()))
 
     def _cut(self, window, form):
-        """The windows (N, k) of the words `form` (N,), masked and padded.
-
-        Returns tokens (N*k, L), and where they are read (N*k,).
-        """
+        """The windows (N, k) of the words `form` (N,): masked tokens (N*k, L), and where to read (N*k,)."""
         lo, hi, place = self.lo[window].ravel(), self.hi[window].ravel(), self.place[window].ravel()
         at = lo[:, None] + np.arange(self.episode_len)  # (N*k, L)
         inside = at < hi[:, None]
@@ -367,15 +351,14 @@ def show(episode, token_bytes, eot, mask):
     word = [token_bytes[i].decode().strip().casefold() for i in episode.words.tolist()]
     candidates = ", ".join(f"{label} = {w}" for label, w in enumerate(word))
     question = np.random.default_rng(0).permutation(len(episode.query))
-    letter = [chr(ord("a") + i) for i in range(len(question))]
-    labels = zip(letter, episode.query_labels[question].tolist(), strict=True)
+    labels = dict(zip(string.ascii_letters, episode.query_labels[question].tolist(), strict=False))
     return "\n".join([
         "EXAMPLES: the same number hides the same word (support; the inner loop learns from these)\n",
         *map(line, episode.support, episode.support_labels),
         "\nQUESTIONS: which number belongs here? (query; the outer loop is graded on these)\n",
-        *map(line, episode.query[question], letter),
+        *map(line, episode.query[question], labels),
         f"\nCANDIDATES, of which the model sees only the numbers: {candidates}",
-        "ANSWERS: " + ", ".join(f"{a} = {label} ({word[label]})" for a, label in labels),
+        "ANSWERS: " + ", ".join(f"{a} = {label} ({word[label]})" for a, label in labels.items()),
     ])
 
 def main():
@@ -383,7 +366,6 @@ def main():
 
     from plumbing.corpus import load_corpus
     from plumbing.files import ROOT, fail
-
     folder = sys.argv[1] if len(sys.argv) > 1 else ROOT / "data" / "docstrings"
     corpus = load_corpus(folder)
     pools = Pools(corpus.train, corpus.token_bytes, pool_tokens=2_000_000, pool_seed=0, eot=corpus.eot,

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from dataclasses import fields
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -58,18 +59,16 @@ def their_names(n_layers, pico=False):
 
 def checkpoints(run):
     """The checkpoints of a run folder by step, ascending: {600: "out/11m/step_000600", ...}."""
-    names = os.listdir(run) if os.path.isdir(run) else []
-    steps = {int(name[5:]): os.path.join(run, name) for name in names if re.fullmatch(r"step_\d{6,}", name)}
-    return dict(sorted(steps.items()))
+    paths = sorted(Path(run).glob("step_*"), key=lambda path: (len(path.name), path.name))
+    return {int(path.name[5:]): str(path) for path in paths if re.fullmatch(r"step_\d{6,}", path.name)}
 
 def save_checkpoint(run, step, model, head, moments, tokenizer, spectra, state):
     """Write a checkpoint beside its name and rename it into place. Only the newest two keep their optimizer.
 
-    head, moments: dicts of tensors. spectra: a dict of arrays. state: what state.json holds besides the step
-    and the sha256 of the other files.
+    head, moments: dicts of tensors. spectra: a dict of arrays. state: a dict for state.json, which also gets
+    the step and the sha256 of the other files.
     """
-    path = os.path.join(run, f"step_{step:06d}")
-    work = path + ".tmp"
+    path, work = f"{run}/step_{step:06d}", f"{run}/step_{step:06d}.tmp"
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(work)
     names = their_names(model.config.n_layers)
@@ -79,25 +78,21 @@ def save_checkpoint(run, step, model, head, moments, tokenizer, spectra, state):
         save_file(tensors, f"{work}/{name}.safetensors", {"format": "pt"})
     np.savez(f"{work}/spectra.npz", **spectra)
     special = {f"{kind}_token_id": tokenizer.eot for kind in ("bos", "eos", "pad")}
+    card = CARD.format(name=os.path.basename(run), step=step, **state["settings"], **state["progress"])
     texts = hf_files(tokenizer, model.config.block_size) | {
         "config.json": json.dumps(hf_config(model.config) | special, indent=2),
-        "generation_config.json": json.dumps(special),
-        "README.md": CARD.format_map({"name": os.path.basename(run), "step": step, **state["settings"],
-                                      **state["progress"]})}
+        "generation_config.json": json.dumps(special), "README.md": card}
     for name, text in texts.items():
-        with open(f"{work}/{name}", "w", encoding="utf8") as file:
-            file.write(text)
+        Path(work, name).write_text(text, "utf8")
     sha256 = {name: sha256_of(f"{work}/{name}") for name in sorted(os.listdir(work))}
-    with open(f"{work}/state.json", "w", encoding="utf8") as file:
-        json.dump(state | {"step": step, "sha256": sha256}, file, indent=1)
+    Path(work, "state.json").write_text(json.dumps(state | {"step": step, "sha256": sha256}, indent=1))
     for name in os.listdir(work):
         with open(f"{work}/{name}", "rb") as file:
             os.fsync(file.fileno())
     shutil.rmtree(path, ignore_errors=True)  # a damaged one that the run has come back to
     os.rename(work, path)
     for older in list(checkpoints(run).values())[:-2]:  # the newest two can be resumed from
-        if os.path.exists(f"{older}/optimizer.safetensors"):
-            os.unlink(f"{older}/optimizer.safetensors")
+        Path(older, "optimizer.safetensors").unlink(missing_ok=True)
 
 def hf_config(shape):
     """config.json of a LlamaForCausalLM of this shape."""
@@ -120,13 +115,10 @@ tags: [nanomaml, maml, smlmt]
 ---
 
 # {name}
-
-A Llama decoder after {step:,} steps of nanoMAML: next-token prediction, and meta-learning on few-shot tasks
-made from the same text (arXiv 2508.02189), with meta_ratio = {meta_ratio:g}. It has read {lm_tokens:,} tokens
-for language modelling and {episode_tokens:,} in few-shot tasks. All settings are in state.json.
-
-A text is read after an <|endoftext|>. head.safetensors is the head that the inner loop starts from: it takes
-the last hidden states, after the final norm, divided by the square root of their width.
+A Llama decoder after {step:,} steps of nanoMAML: next-token prediction on {lm_tokens:,} tokens, and MAML on
+few-shot tasks of {episode_tokens:,} (arXiv 2508.02189; meta_ratio = {meta_ratio:g}). All settings are in
+state.json. A text is read after an <|endoftext|>. head.safetensors, where the inner loop starts, takes the
+last hidden states, after the final norm, divided by the square root of their width.
 """
 
 # --------------------------------------------------------------------------------------------------
@@ -140,14 +132,13 @@ class Loaded(NamedTuple):
     settings: dict  # of train.py; {} for a model of others
     step: int
     progress: dict  # budgets spent so far: lm_tokens, episode_tokens, flops, seconds, ...
-    corpus_hash: str
     state: dict  # state.json
 
 def load_model(path, step=None, device="cpu"):
     """Open a run folder (its newest step, or `step`), a step's folder, or any Llama's folder of safetensors.
 
     Others' weights may have Hugging Face's names or pico-decoder's, lie in several files, and be tied. Memory
-    is taken for what the files hold, not for what their headers say. A damaged file ends the program.
+    is taken for what the files hold, not for what config.json says. A damaged file ends the program.
     """
     folder = find_checkpoint(path, step)
     state = read_json(f"{folder}/state.json") if os.path.exists(f"{folder}/state.json") else {}
@@ -161,8 +152,7 @@ def load_model(path, step=None, device="cpu"):
         model.load_state_dict(weights, assign=True)
         head = load_file(f"{folder}/head.safetensors") if state else {}
         return Loaded(folder, model.to(device).eval(), load_tokenizer(folder), head,
-                      state.get("settings", {}), state.get("step", 0), state.get("progress", {}),
-                      state.get("corpus_hash", ""), state)
+                      state.get("settings", {}), state.get("step", 0), state.get("progress", {}), state)
 
 def load_models(paths, step=None, device="cpu"):
     """{path: Loaded} of the folders that a command line names."""
@@ -180,24 +170,19 @@ def check_sha256(folder, state, name):
 def find_checkpoint(path, step):
     """The folder with the weights that `path` and `step` mean."""
     steps = checkpoints(path)
-    if steps:
-        if step is not None and step not in steps:
-            fail(f"{path} has no checkpoint of step {step}, but of {', '.join(map(str, steps))}")
-        return steps[max(steps) if step is None else step]
-    names = os.listdir(path) if os.path.isdir(path) else []
-    if not {"model.safetensors", "model.safetensors.index.json"} & set(names):
+    if not steps and not list(Path(path).glob("model.safetensors*")):
         fail(f"{path} holds no checkpoint (step_*) and no model.safetensors; only these are read")
-    if step is not None:
-        fail(f"{path} is one checkpoint, not a run: leave step = {step} out, or name the run folder")
-    return path
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps)) or "only this one"
+        fail(f"{path} has no checkpoint of step {step}; there is {there}")
+    return steps[max(steps) if step is None else step] if steps else path
 
 def read_weights(folder):
     """The shape of a model and its weights under our names, {name: float32 tensor}."""
-    files = ["model.safetensors"]
+    names, tensors = ["model.safetensors"], {}
     if not os.path.exists(f"{folder}/model.safetensors"):
-        files = sorted(set(read_json(f"{folder}/model.safetensors.index.json")["weight_map"].values()))
-    tensors = {}
-    for name in files:
+        names = sorted(set(read_json(f"{folder}/model.safetensors.index.json")["weight_map"].values()))
+    for name in names:
         tensors |= load_file(os.path.join(folder, os.path.basename(name)))
     tensors = {key.removeprefix("pico_decoder."): tensor for key, tensor in tensors.items()
                if not key.endswith("rotary_emb.inv_freq")}
@@ -226,26 +211,21 @@ def read_shape(theirs, pico):
     """The ModelConfig that a config.json describes. ValueError: this model cannot be that."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     theirs = {"num_key_value_heads": theirs.get("num_attention_heads"), "rms_norm_eps": 1e-6,
-              "rope_theta": rope.get("rope_theta", 10000.0)} | theirs
+              "rope_theta": rope.get("rope_theta", 10000.0), **theirs,
+              "rope_type": rope.get("rope_type", rope.get("type"))}
     shape = ModelConfig(**{f.name: f.type(theirs[SHAPE[f.name][pico]]) for f in fields(ModelConfig)})
-    ours = {"head_dim": shape.d_model // shape.n_heads, "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "model_type": "pico_decoder" if pico else "llama"}
-    theirs["rope_type"] = rope.get("rope_type", rope.get("type"))
-    for key, here in (ours | {"rope_type": "default"}).items():
+    ours = {"model_type": "pico_decoder" if pico else "llama", "head_dim": shape.d_model // shape.n_heads,
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default"}
+    for key, here in ours.items():
         if theirs.get(key) not in (None, here):
             raise ValueError(f"config.json has {key} = {theirs[key]}, where this model has {here}")
     return shape
 
-# --------------------------------------------------------------------------------------------------
-# The corpus of a model
-
 def corpus_problem(loaded, folder):
     """Why the corpus in `folder` cannot be used with a model; "" if it can, having the same tokens."""
-    if not os.path.exists(os.path.join(folder, "meta.json")):
+    if not os.path.exists(f"{folder}/meta.json"):
         prepare = f"python data/prepare.py NAME --source=... --tokenizer={loaded.path}"
         return f"there is no corpus {folder}; name one with --corpus=FOLDER ({prepare} makes one)"
-    if loaded.corpus_hash == read_json(os.path.join(folder, "meta.json")).get("corpus_hash"):
-        return ""
-    if load_tokenizer(folder).token_bytes == loaded.tokenizer.token_bytes:
-        return ""
-    return f"the corpus {folder} has other tokens than {loaded.path}; name another with --corpus=FOLDER"
+    if load_tokenizer(folder).token_bytes != loaded.tokenizer.token_bytes:
+        return f"the corpus {folder} has other tokens than {loaded.path}; name another with --corpus=FOLDER"
+    return ""

@@ -4,7 +4,6 @@ Importing this module changes what an error prints. Scripts import it before tor
 """
 import atexit
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -44,20 +43,20 @@ def reading(path, remedy):
 def report(kind, error, trace):
     """What an exception that nobody caught prints: one line if it is a user's matter, else a traceback."""
     text = str(error)
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(kind, BrokenPipeError):
+        pass  # there is nobody to tell
+    elif issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     elif issubclass(kind, MemoryError) or "out of memory" in text or "allocate memory" in text:
         print("error: out of memory: lower micro_batch_size and micro_episodes (0 takes all at once), "
               "block_size, or the size of the model", file=sys.stderr)
-    elif issubclass(kind, OSError) or kind.__name__ == "SafetensorError":
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        full = getattr(error, "errno", None) in codes or any(f"(os error {code})" in text for code in codes)
-        hint = "; what was saved before is untouched. Free space on the disk, then try again" if full else ""
-        if not issubclass(kind, BrokenPipeError):  # then there is nobody to tell
-            path = getattr(error, "filename", None) or "a file"
-            print(f"error: {path}: {reason(error)}{hint}", file=sys.stderr)
+    elif issubclass(kind, OSError) or kind.__name__ == "SafetensorError":  # of a full disk, both say so
+        path = getattr(error, "filename", None) or "a file"
+        print(f"error: {path}: {reason(error)}; what was saved before is untouched", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+sys.excepthook = report
 
 @atexit.register
 def flush_output():
@@ -66,8 +65,6 @@ def flush_output():
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-sys.excepthook = report
 
 def on_signals(handler):
     """Call handler(number, frame) at Ctrl-C, kill or a closed terminal, unless it is ignored (nohup)."""
@@ -80,17 +77,12 @@ def on_signals(handler):
 # Files
 
 def write_atomic(path, content):
-    """Write bytes, a text, or what the function content(file) writes.
-
-    `path` is the old file or the new one, never half of it.
-    """
+    """Write bytes, a text, or what content(file) writes. `path` is the old file or the new, never half."""
     beside = f"{path}.{os.getpid()}.tmp"
+    content = content.encode() if isinstance(content, str) else content
     try:
         with open(beside, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

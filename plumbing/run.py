@@ -28,8 +28,8 @@ from plumbing.files import ROOT, fail, lock, on_signals, read_json, reading, wri
 from plumbing.machine import choose_device, choose_dtype, has_compiler, peak_memory
 
 # A resumed run may differ from the run that was begun in these settings only.
-MAY_CHANGE = """out_dir data_dir device dtype compile resume micro_batch_size micro_episodes max_steps lr
-eval_interval eval_steps ckpt_interval log_interval wandb wandb_project""".split()
+MAY_CHANGE = set("""out_dir data_dir device dtype compile resume micro_batch_size micro_episodes max_steps lr
+eval_interval eval_steps ckpt_interval log_interval wandb wandb_project""".split())
 BUDGETS = ("lm_tokens", "episode_tokens", "support_tokens", "query_tokens", "flops", "seconds")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
@@ -43,16 +43,15 @@ class Run:
         self.signal, self.stopping = None, False
         on_signals(self.leave)
         if self.world > min(config.batch_size, config.episodes_per_step if config.meta_ratio else self.world):
-            fail(f"{self.world} processes cannot share batch_size = {config.batch_size} and "
-                 f"episodes_per_step = {config.episodes_per_step}: raise them, or start fewer")
+            fail(f"{self.world} processes cannot share a smaller batch_size or episodes_per_step")
         self.device = choose_device(config.device, local_rank)
         self.dtype = choose_dtype(config.dtype, self.device)
         self.compile = config.compile and has_compiler(self.device)
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
         on_gpu = self.device.type == "cuda"
         where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-        self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, "
-                   f"{'compiled' if self.compile else 'not compiled'}")
+        compiled = "compiled" if self.compile else "not compiled"
+        self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, {compiled}")
         if self.world > 1:
             dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
         if self.rank == 0:
@@ -135,7 +134,7 @@ class Run:
                 fail(f"no corpus {folder}: prepare it with python data/prepare.py {config.dataset} "
                      f"--source=FILES --data_dir={config.data_dir}, or take --dataset=docstrings")
             self.print("data    building the default corpus, once")
-            script = [sys.executable, str(ROOT / "data" / "prepare.py")]
+            script = [sys.executable, ROOT / "data/prepare.py"]
             if code := subprocess.run([*script, "docstrings", f"--data_dir={config.data_dir}"]).returncode:
                 sys.exit(code)  # it has said why
         self.barrier()
@@ -143,8 +142,8 @@ class Run:
         shortest = min(len(corpus.train), len(corpus.val))
         if shortest <= config.block_size:
             fail(f"block_size = {config.block_size}, but a split of {folder} has {shortest} tokens: lower it")
-        self.print(f"data    {config.dataset} {corpus.hash}: {len(corpus.train):,} training "
-                   f"tokens, {len(corpus.val):,} for validation, vocabulary {corpus.vocab_size:,}")
+        self.print(f"data    {config.dataset} {corpus.hash}: {len(corpus.train):,} training tokens, "
+                   f"{len(corpus.val):,} for validation, vocabulary {corpus.vocab_size:,}")
         return corpus
 
     # Starting and resuming
@@ -159,9 +158,8 @@ class Run:
         step, lines = self.resume() if self.config.resume else (0, [])
         self.evals = [line for line in lines if line["kind"] == "eval"]  # on_collapse is decided from these
         self.collapse = next((line for line in lines if line["kind"] == "collapse"), None)
-        shape = model.config
-        self.print(f"model   {model.n_params():,} parameters: d {shape.d_model}, {shape.n_layers} layers, "
-                   f"{shape.n_heads} heads / {shape.n_kv_heads} kv heads")
+        self.print("model   {:,} parameters: d {d_model}, {n_layers} layers, {n_heads} heads / {n_kv_heads} "
+                   "kv heads".format(model.n_params(), **vars(model.config)))
         self.barrier()  # nobody writes before all have read
         if self.rank == 0:
             self.write_folder(lines)
@@ -172,10 +170,9 @@ class Run:
     def resume(self):
         """Load the newest checkpoint; returns its step and the lines of the log up to it."""
         config, begun = self.config, read_json(f"{self.config.out_dir}/config.json")
-        now = dataclasses.asdict(config) | {"corpus_hash": self.corpus.hash}
-        for key, setting in now.items():
-            watched = key == "eval_interval" and config.on_collapse != "off"  # where a collapse is seen
-            if (key not in MAY_CHANGE or watched) and begun.get(key, setting) != setting:
+        may_change = MAY_CHANGE - {"eval_interval"} if config.on_collapse != "off" else MAY_CHANGE
+        for key, setting in (dataclasses.asdict(config) | {"corpus_hash": self.corpus.hash}).items():
+            if key not in may_change and begun.get(key, setting) != setting:
                 fail(f"cannot resume with {key} = {setting}: the run was begun with {key} = {begun[key]}")
             if key in ("lr", "max_steps") and begun.get(key) != setting:
                 self.print(f"resume  {key} was {begun.get(key)} and is {setting} from here on")
@@ -198,17 +195,12 @@ class Run:
                     self.optimizer.state[p] = {k: moments[f"{k}/{name}"].to(self.device) for k in MOMENTS}
             self.scaler.load_state_dict(loaded.state["scaler"] or self.scaler.state_dict())
             self.progress = {key: loaded.progress[key] for key in BUDGETS}
-        lines = read_log(config.out_dir, up_to=step)
-        steps = [line["step"] for line in lines if line["kind"] in ("lm", "meta")]
-        if steps and steps != list(range(steps[0], step + 1)):
-            fail(f"{config.out_dir}/log.jsonl does not have each step up to {step} once: "
-                 "copy it again, or delete it to do without its lines")
         self.print(f"resume  {config.out_dir} after step {step}")
-        return step, lines
+        return step, read_log(config.out_dir, up_to=step)
 
     def write_folder(self, lines):
         """config.json says how the run was made; the log loses what came after the checkpoint."""
-        folder, path = self.config.out_dir, os.path.abspath(self.config.out_dir)
+        folder = self.config.out_dir
         versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
         made = dataclasses.asdict(self.config) | {
             "vocab_size": self.corpus.vocab_size, "corpus_hash": self.corpus.hash,
@@ -217,13 +209,13 @@ class Run:
             "system": {"processes": self.world, "device": str(self.device), "dtype": str(self.dtype),
                        "threads": torch.get_num_threads(), "platform": platform.platform()}}
         if self.config.wandb:
+            path = os.path.abspath(folder)
             run_id = f"{os.path.basename(path)}-{zlib.crc32(path.encode()):08x}"  # the same for a resumed run
             with reading("Weights & Biases", f"WANDB_MODE=offline keeps the records in {folder}/wandb"):
                 import wandb
-
-                quiet = wandb.Settings(init_timeout=30, silent=True)
-                self.tracker = wandb.init(project=self.config.wandb_project, id=run_id, resume="allow",
-                                          dir=folder, config=made, settings=quiet)
+                self.tracker = wandb.init(
+                    project=self.config.wandb_project, id=run_id, resume="allow", dir=folder, config=made,
+                    settings=wandb.Settings(init_timeout=30, silent=True))
         write_atomic(f"{folder}/log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_atomic(f"{folder}/config.json", json.dumps(made, indent=2))
         self.log_file = open(f"{folder}/log.jsonl", "ab", buffering=0)
@@ -243,15 +235,14 @@ class Run:
         asked = torch.full((), float(self.signal is not None), device=self.device)
         *values, asked = self.all_reduce(torch.stack([*numbers.values(), asked])).tolist()
         self.stopping, norm, seconds = bool(asked), norm.item(), self.tick()
-        line = dict(zip(numbers, values, strict=True))
+        line, costs = dict(zip(numbers, values, strict=True)), self.costs[kind]
         loss = line[f"{kind}_loss"]
         finite = math.isfinite(loss + norm)
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped == (20 if self.scaler.is_enabled() else 1):
             self.not_finite(step, f"loss {loss}, gradient norm {norm}")
-        for key, amount in self.costs[kind].items():
-            self.progress[key] += amount
-        speed = self.costs[kind]["lm_tokens" if kind == "lm" else "episode_tokens"] / seconds
+        self.progress |= {key: self.progress[key] + amount for key, amount in costs.items()}
+        speed = costs["lm_tokens" if kind == "lm" else "episode_tokens"] / seconds
         scale = {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
         line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, **scale}
         self.log({"step": step, "kind": kind, **line, **self.progress, "tokens_per_second": speed})
@@ -259,14 +250,12 @@ class Run:
             self.steady = self.clock  # the first step compiles and says nothing of the others
         if step % self.config.log_interval and step != self.config.max_steps and finite:
             return
-        text = f"{kind}_loss {loss:.4f}"
-        if kind == "meta":
-            text += f"  query_acc {line['query_acc_before']:.3f}->{line['query_acc']:.3f}"
-        text += f"  lr {lr:.2e}  norm {norm:.2f}" if finite else f"  skipped: float16 overflow, {scale}"
+        acc = "  query_acc {query_acc_before:.3f}->{query_acc:.3f}".format_map(line) if kind == "meta" else ""
+        how = f"lr {lr:.2e}  norm {norm:.2f}" if finite else f"skipped: float16 overflow, {scale}"
         each = (self.clock - self.steady) / max(1, step - self.first_step - 1)
         left = int(each * (self.config.max_steps - step))
-        text += f"  {speed / 1e3:.1f}k tok/s  left {left // 60}m{left % 60:02d}s"
-        self.print(f"step {step:6d}/{self.config.max_steps}  {text}")
+        self.print(f"step {step:6d}/{self.config.max_steps}  {kind}_loss {loss:.4f}{acc}  {how}  "
+                   f"{speed / 1e3:.1f}k tok/s  left {left // 60}m{left % 60:02d}s")
 
     def tick(self):
         """Seconds since the last call; progress["seconds"] adds them up, over interruptions too."""
@@ -288,11 +277,9 @@ class Run:
         self.tick()
         self.evals.append({"step": step, "kind": "eval", **numbers, **self.progress})
         self.log(self.evals[-1])
-        text = f"val_loss {numbers['val_loss']:.4f}  bits/byte {numbers['val_bits_per_byte']:.4f}"
-        for key, loss in numbers.items():
-            text += f"  {key.removeprefix('val_loss/')} {loss:.4f}" if key.startswith("val_loss/") else ""
-        for key in ("heldout_query_acc", "val_query_acc"):
-            text += f"  {key} {numbers[key]:.3f}±{numbers[key + '_se']:.3f}" if key in numbers else ""
+        errors = {key: f"±{numbers[f'{key}_se']:.3f}" for key in numbers if f"{key}_se" in numbers}
+        text = "  ".join(f"{key} {value:.4f}{errors.get(key, '')}" for key, value in numbers.items()
+                         if key.startswith(("val_", "heldout_")) and not key.endswith(("_se", "_before")))
         self.print(f"eval {step:6d}/{self.config.max_steps}  {text}")
 
     def log_collapse(self, step, drop):
@@ -301,8 +288,8 @@ class Run:
             action = self.config.on_collapse
             self.collapse = {"step": step, "kind": "collapse", **drop, "action": action, **self.progress}
             self.log(self.collapse)
-            self.print(f"collapse  {drop['curve']} fell by {drop['size']:.1%} at step {drop['at']}, "
-                       f"seen at step {step}: {action}")
+            self.print("collapse  {curve} fell by {size:.1%} at step {at}, seen at step {step}: {action}"
+                       .format_map(self.collapse))
 
     def not_finite(self, step, what):
         """Training has come apart: nothing of this step is saved."""
@@ -335,7 +322,7 @@ class Run:
         rng = torch.Generator(self.device).manual_seed(config.seed)
         with autocast, torch.compiler.set_stance("force_eager"):  # each length would be compiled
             ids = self.model.generate(eot, 160, temperature=0.8, top_k=50, generator=rng)[0, 1:].tolist()
-        ids = ids[: ids.index(self.corpus.eot)] if self.corpus.eot in ids else ids
+        ids = ids[: [*ids, self.corpus.eot].index(self.corpus.eot)]
         self.print(f"\n{self.corpus.tokenizer.decode(ids).strip()}\n")
         self.print("result  val_loss {val_loss:.4f}, {val_bits_per_byte:.4f} bits per byte, "
                    "after {step:,} steps, {lm_tokens:,} LM tokens, {episode_tokens:,} episode tokens, "
@@ -345,22 +332,18 @@ class Run:
             self.print("result  held-out words: query accuracy {heldout_query_acc:.3f} ± "
                        "{heldout_query_acc_se:.3f} after adaptation, {heldout_query_acc_before:.3f} before, "
                        .format_map(numbers) + f"chance {1 / config.n_way:.3f}")
-        path = os.path.join(config.out_dir, "curves.png")
-        label = f"{config.out_dir}: validation loss {numbers['val_loss']:.3f} after {numbers['step']:,} steps"
-        figures.save(figures.curves(read_log(config.out_dir), dataclasses.asdict(config), label), path)
+        path, title = f"{config.out_dir}/curves.png", f"{config.out_dir} after {numbers['step']:,} steps"
+        figures.save(figures.curves(read_log(config.out_dir), dataclasses.asdict(config), title), path)
         self.print(f"curves  {path}\nrun     {config.out_dir}")
         if self.tracker:
             import wandb
-
             self.tracker.log({"curves": wandb.Image(path)}, step=numbers["step"])
 
     def finish(self, done):
-        if self.world > 1:
-            self.barrier()  # none leaves while another still speaks
-        if done:
-            self.end(0)
-        self.print(f"stopped. To continue, give the same command with --resume=True in {os.getcwd()}")
-        self.end(128 + (self.signal or signal.SIGTERM))
+        self.barrier()  # none leaves while another still speaks
+        if not done:
+            self.print(f"stopped. To continue, give the same command with --resume=True in {os.getcwd()}")
+        self.end(0 if done else 128 + (self.signal or signal.SIGTERM))
 
 def read_log(folder, up_to=math.inf):
     """The lines of log.jsonl up to and including step `up_to`. A last line torn by a crash is left out."""

@@ -234,7 +234,7 @@ def disk(usual):
     def full(folder, begin, low, high, *words):
         limit = (rng.randrange(low, high), resource.RLIM_INFINITY)
         done = end(begin(folder, *words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))
-        assert "Free space" in ends(False, done).err, done.err
+        assert "is untouched" in ends(False, done).err, done.err
 
     def figure(folder, low, high):
         shutil.copytree(straight, folder)

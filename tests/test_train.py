@@ -220,15 +220,13 @@ def results(quick_start, tmp_path_factory):
     case("no corpus", dataset="novels")
     shutil.rmtree(copy("pruned") / "step_000160")
     shutil.rmtree(here / "pruned/step_000120")
-    lines = (copy("gap") / "log.jsonl").read_text().splitlines(keepends=True)
-    (here / "gap/log.jsonl").write_text("".join(lines[:50] + lines[51:]))
     poisoned = copy("not finite") / "step_000160"  # its weights are not a number
     weights = load_file(poisoned / "model.safetensors") | {"model.norm.weight": torch.full((32,), math.nan)}
     save_file(weights, poisoned / "model.safetensors")
     state = json.loads((poisoned / "state.json").read_text())
     state["sha256"]["model.safetensors"] = sha256_of(poisoned / "model.safetensors")
     (poisoned / "state.json").write_text(json.dumps(state))
-    for name in ("pruned", "gap", "not finite"):
+    for name in ("pruned", "not finite"):
         case(name, resume=True, max_steps=STEPS + 10)
     with filelock.FileLock(here / "locked/.lock"):
         return here, dict(zip(cases, run_many("train.py", cases.values()), strict=True))
@@ -269,7 +267,7 @@ MISTAKES = {  # name: what the one line says
     "bad lr": "lr = 2.0", "bad block_size": "block_size = 1000000", "cuda": "--device=cpu", "junk": "junk",
     "taken": "--resume=True", "nothing to resume": "--out_dir", "locked": "locked",
     "other seed": "seed = 0", "behind": "max_steps = 100", "no corpus": "data/prepare.py novels --source=",
-    "pruned": "step_000080", "gap": "log.jsonl"}
+    "pruned": "step_000080"}
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_line(results, name):
