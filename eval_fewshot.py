@@ -5,11 +5,10 @@
     python eval_fewshot.py out/11m --data=hf:SetFit/subj        # also a Hugging Face dataset
 
 Three classifiers see K examples of each class (the support) and answer for others (the query):
-adapt      training's inner loop, `maml.adapt`, from a fresh head; only the head adapts. The inner learning
-           rate stays that of training: one of 10 is right for 16 words and too high for two classes
+adapt      training's inner loop, `maml.adapt`, from a fresh head, the only part that adapts; at the inner
+           learning rate of training: one of 10 is right for 16 words and too high for two classes
 logistic   scikit-learn's LogisticRegression with C = 1, on features of length sqrt(d)
 prototype  the class with the nearest mean (Snell et al. 2017, arxiv.org/abs/1703.05175)
-
 Words are masked in the validation text. A sentence is read at its last token, or at a <|mask|> after it. All
 models get the same draws. Intervals are 1.96 standard errors over draws, not over seeds of training.
 """
@@ -26,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
-from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -50,45 +48,33 @@ class Config:
     step: int = -1  # of the checkpoints; -1 takes the newest
     seed: Whole = 0  # of the draws and of the random weights; training's own evaluations use 0
 
-RULES = [
-    (lambda c: c.n_episodes >= 2, "n_episodes must be at least 2"),
-    (lambda c: all(k.isdecimal() and int(k) for k in c.shots.split(",")),
-     "shots takes numbers of examples, at least 1 each, with commas between, as 1,4,16"),
-]
+RULES = [(lambda c: c.n_episodes >= 2, "n_episodes must be at least 2"),
+         (lambda c: all(k.isdecimal() and int(k) for k in c.shots.split(",")),
+          "shots takes numbers of examples, at least 1 each, with commas between, as 1,4,16")]
 BATCH = 8192  # tokens that a model reads at once
 
 # --------------------------------------------------------------------------------------------------
-# Classifiers: support (E, M, C), its labels (E, M) and query (E, Q, C) of E draws -> answers (E, Q)
+# Classifiers: support x (N*K, C), its labels y (N*K,), query z (Q, C) -> answers (Q,)
 
-def adapted(support, labels, query, head, lr, steps):
-    """The inner loop of training, from the same head in each draw."""
+def adapted(x, y, z, head, lr, steps):
+    """The inner loop of training."""
     def loss(head, batch):
         return F.cross_entropy(maml.head_logits(head, batch[0]), batch[1])
 
-    heads = vmap(lambda *batch: maml.adapt(loss, head, batch, lr, steps))(support, labels)
-    return answers(heads, query)
+    return maml.head_logits(maml.adapt(loss, head, (x, y), lr, steps), z).argmax(-1)
 
-def logistic(support, labels, query):
-    """scikit-learn's logistic regression, a fit for each draw."""
-    chosen = []
-    for x, y, asked in zip(support, labels, query, strict=True):
-        x, asked = (part.double().cpu().numpy() * part.shape[-1] ** 0.5 for part in (x, asked))
-        fit = LogisticRegression(max_iter=1000).fit(x, y.cpu().numpy())  # 100 are too few to converge
-        chosen.append(torch.from_numpy(fit.predict(asked)))
-    return torch.stack(chosen)
+def logistic(x, y, z, *_):
+    """scikit-learn's logistic regression."""
+    x, z = (part.double().cpu().numpy() * part.shape[-1] ** 0.5 for part in (x, z))
+    fit = LogisticRegression(max_iter=1000).fit(x, y.cpu().numpy())  # 100 are too few to converge
+    return torch.from_numpy(fit.predict(z))
 
-def nearest_mean(support, labels, query):
-    """|x - mean|^2 is smallest where x.mean - |mean|^2 / 2 is largest: a linear head."""
-    members = F.one_hot(labels).to(support.dtype)  # (E, M, N)
-    means = members.mT @ support / members.sum(1)[..., None]  # (E, N, C)
-    return answers({"0.weight": means, "0.bias": -means.square().sum(-1) / 2}, query)
+def nearest_mean(x, y, z, *_):
+    """|z - mean|^2 is smallest where z.mean - |mean|^2 / 2 is largest."""
+    means = torch.stack([x[y == c].mean(0) for c in y.unique()])  # (N, C)
+    return (z @ means.T - means.square().sum(-1) / 2).argmax(-1)
 
-def answers(heads, query):
-    """What heads, a leading E on every tensor, answer to a query (E, Q, C): classes (E, Q)."""
-    chosen = []
-    for e, x in enumerate(query):
-        chosen.append(maml.head_logits({name: p[e] for name, p in heads.items()}, x).argmax(-1))
-    return torch.stack(chosen).cpu()
+CLASSIFIERS = {"adapt": adapted, "logistic": logistic, "prototype": nearest_mean}
 
 @torch.no_grad()
 def features(model, rows, positions):
@@ -99,13 +85,10 @@ def features(model, rows, positions):
     while len(order):
         batch = order[-max(1, BATCH // len(rows[order[-1]])) :]  # the longest that are left
         order = order[: -len(batch)]
-        idx = pad_sequence([torch.as_tensor(rows[i]) for i in batch], batch_first=True).to(device)  # (B, T)
-        at = torch.as_tensor([positions[i] for i in batch], device=device)
-        x[torch.as_tensor(batch, device=device)] = maml.scaled(model.features_at(idx, at))
+        idx = pad_sequence([torch.as_tensor(rows[i]) for i in batch], batch_first=True)  # (B, T)
+        at = torch.tensor([positions[i] for i in batch], device=device)
+        x[batch] = maml.scaled(model.features_at(idx.to(device), at))
     return x
-
-# --------------------------------------------------------------------------------------------------
-# A baseline for words: what a word's left neighbour tells about it
 
 def bigram_vectors(corpus):
     """For each id the direction of what follows it in the training text, as positive PMI: (V, V)."""
@@ -131,14 +114,13 @@ def bigram_accuracy(vectors, episode, mask):
 @dataclass
 class Task:
     """Examples, and E draws of them for each K. A support has K examples of class 0, then K of class 1 ..."""
-
     name: str
     about: str  # a few words for the table
     n_way: int
     labels: np.ndarray  # (Q,) classes 0..N-1 of the query, the same in all draws
     examples: list  # sentences, or windows (L,) of ids
     positions: list  # where each window is read; empty for sentences, which are read at their end
-    draws: dict  # K -> numbers of examples: support (E, N*K), and query (E, Q), or (1, Q) for all draws
+    draws: dict  # K -> E pairs of numbers of examples: support (N*K,), query (Q,)
     table: dict  # K -> {row of the table: accuracies (E,)}; begins with the baselines
 
 def word_tasks(config, trained, corpus):
@@ -156,21 +138,22 @@ def word_tasks(config, trained, corpus):
             if problem := pools.problem(heldout):
                 print(f"left out: no episodes of {task.name} with K = {k}: {problem}")
                 continue
-            episodes, task.draws[k] = [pools.sampler(0).episode(e, heldout) for e in range(E)], []
+            episodes, parts = [pools.sampler(0).episode(e, heldout) for e in range(E)], []
             for part in ("support", "query"):
                 windows = np.concatenate([getattr(episode, part) for episode in episodes])  # (E*M, L)
-                task.draws[k].append((len(task.examples) + np.arange(len(windows))).reshape(E, -1))
+                parts.append((len(task.examples) + np.arange(len(windows))).reshape(E, -1))
                 task.examples += list(windows)
                 task.positions += [at for episode in episodes for at in getattr(episode, f"{part}_pos")]
+            task.draws[k] = list(zip(*parts, strict=True))
             task.table[k] = {"majority class": np.full(E, 1 / N)}
             if vectors is not None:
-                task.table[k]["bigram prototypes"] = np.array(
-                    [bigram_accuracy(vectors, episode, corpus.mask) for episode in episodes])
+                shares = [bigram_accuracy(vectors, episode, corpus.mask) for episode in episodes]
+                task.table[k]["bigram prototypes"] = np.array(shares)
     return [task for task in tasks if task.draws]
 
 def sentence_tasks(config):
-    """The tasks in config.data."""
-    columns = [config.text_column, config.label_column]
+    """Which class is a sentence of? The tasks in config.data."""
+    columns, tasks = [config.text_column, config.label_column], []
     if config.data.startswith("hf:"):
         name, *part = config.data[3:].split(",")
         with datasets_library(name) as datasets:
@@ -182,35 +165,30 @@ def sentence_tasks(config):
         for name in sorted(name[:-6] for name in files if name.endswith("_train")) or ["<task>"]:
             with reading(config.data, "a task is two files, <task>_train and <task>_test"):
                 rows[name] = [read_files(files[f"{name}_{end}"], columns) for end in ("train", "test")]
-    return [sentence_task(config, name, *splits) for name, splits in rows.items()]
+    for name, splits in rows.items():
+        with reading(name, "see --text_column, --label_column, --split and --shots"):
+            tasks.append(sentence_task(config, name, *splits))
+    return tasks
 
 def sentence_task(config, name, train, test):
-    """Which class is a sentence of? train, test: lists of (text, label)."""
-    if not all(isinstance(text, str) for text, _ in train + test):
-        fail(f"{name}: not every row has a text; see --text_column")
+    """A task of two lists of (text, label)."""
     train_names, test_names = (np.array([str(label) for _, label in rows]) for rows in (train, test))
     classes, train_labels, counts = np.unique(train_names, return_inverse=True, return_counts=True)
-    odd = np.setxor1d(train_names, test_names)
-    if len(odd) or len(classes) < 2:
-        fail(f"{name}: {len(classes)} classes in training, and only in training or only in test are "
-             f"{', '.join(odd[:3]) or 'none'}; both need the same two or more; see --label_column, --split")
-    if counts.min() < config.shots[-1]:
-        fail(f"{name}: a class has only {counts.min()} training examples; lower --shots")
-    of_class = [np.flatnonzero(train_labels == c) for c in range(len(classes))]
-    support = {}
+    if set(classes) != set(test_names) or not all(isinstance(text, str) for text, _ in train + test):
+        raise ValueError("training and test have different classes, or not every row has a text")
+    of_class, support = [np.flatnonzero(train_labels == c) for c in range(len(classes))], {}
     for k in config.shots:
         rngs = [np.random.default_rng((config.seed, k, e)) for e in range(config.n_episodes)]
         chosen = [[rng.choice(rows, k, replace=False) for rows in of_class] for rng in rngs]  # (E, N, K)
         support[k] = np.reshape(chosen, (len(rngs), -1))
     used = np.unique(np.concatenate([rows.ravel() for rows in support.values()]))  # only these are read
     examples = [train[i][0] for i in used] + [text for text, _ in test]
-    query = len(used) + np.arange(len(test))[None]  # (1, Q)
-    draws = {k: (np.searchsorted(used, rows), query) for k, rows in support.items()}
-    test_labels = np.searchsorted(classes, test_names)
-    majority = np.full(config.n_episodes, (test_labels == counts.argmax()).mean())
-    about = f"{len(classes)} classes, {len(test):,} test sentences"
-    return Task(name, about, len(classes), test_labels, examples, [], draws,
-                {k: {"majority class": majority} for k in config.shots})
+    query = len(used) + np.arange(len(test))
+    draws = {k: [(np.searchsorted(used, row), query) for row in rows] for k, rows in support.items()}
+    labels = np.searchsorted(classes, test_names)
+    majority = np.full(config.n_episodes, (labels == counts.argmax()).mean())
+    return Task(name, f"{len(classes)} classes, {len(test):,} test sentences", len(classes), labels, examples,
+                [], draws, {k: {"majority class": majority} for k in config.shots})
 
 def evaluate(task, name, loaded):
     """Add the accuracies of a model's classifiers to the table of a task."""
@@ -225,23 +203,18 @@ def evaluate(task, name, loaded):
     shape = model.config.d_model, task.n_way, trained["head_layers"], trained["head_hidden"]
     head = maml.fresh_head(loaded.head, task.n_way) if loaded.head else maml.init_head(*shape)
     head = {key: p.to(x.device) for key, p in head.items()}
-    for k, (support, query) in task.draws.items():
-        support, query = x[support], x[query].expand(len(support), -1, -1)  # (E, N*K, C), (E, Q, C)
-        labels = torch.arange(task.n_way, device=x.device).repeat_interleave(k).expand(len(support), -1)
-        lr, steps = trained["inner_lr"], trained["inner_steps"] or 10
-        chosen = {"adapt": adapted(support, labels, query, head, lr, steps),
-                  "logistic": logistic(support, labels, query),
-                  "prototype": nearest_mean(support, labels, query)}
-        for classifier, classes in chosen.items():
-            right = classes == torch.from_numpy(task.labels)  # (E, Q)
-            task.table[k][f"{name}, {classifier}"] = right.float().mean(1).double().numpy()
+    inner = head, trained["inner_lr"], trained["inner_steps"] or 10
+    for k, draws in task.draws.items():
+        y, labels = torch.arange(task.n_way).repeat_interleave(k).to(x.device), torch.from_numpy(task.labels)
+        for classifier, answer in CLASSIFIERS.items():
+            right = [answer(x[support], y, x[query], *inner).cpu() == labels for support, query in draws]
+            accuracies = torch.stack(right).float().mean(1).double().numpy()  # (E,)
+            task.table[k][f"{name}, {classifier}"] = accuracies
 
 def summary(rows, first, others):
     """Mean and interval of each row of a table; also of the differences of each model to the first."""
-    for name in others:
-        for classifier in ("adapt", "logistic", "prototype"):
-            difference = rows[f"{name}, {classifier}"] - rows[f"{first}, {classifier}"]
-            rows[f"{name} minus first, {classifier}"] = difference
+    for name, key in [(name, key) for name in others for key in CLASSIFIERS]:
+        rows[f"{name} minus first, {key}"] = rows[f"{name}, {key}"] - rows[f"{first}, {key}"]
     return {row: {"mean": x.mean(), "ci95": 1.96 * x.std(ddof=1) / len(x) ** 0.5} for row, x in rows.items()}
 
 def main():
@@ -256,22 +229,17 @@ def main():
     problem = next(filter(None, (corpus_problem(loaded, folder) for loaded in models.values())), "")
     if problem:
         print(f"left out: {problem}")
-    tasks = [] if problem else word_tasks(config, first.settings, load_corpus(folder))
-    tasks += sentence_tasks(config) if config.data else []
+    tasks = sentence_tasks(config) if config.data else []
+    tasks = ([] if problem else word_tasks(config, first.settings, load_corpus(folder))) + tasks
     if not tasks:
         fail(problem or "no episodes can be drawn, for the reasons above; change --shots or --corpus")
-
     torch.manual_seed(config.seed)
     systems = {"random weights": first._replace(model=Llama(first.model.config).to(device).eval(), head={})}
     systems |= {f"{word}, step {loaded.step}": loaded for word, loaded in models.items()}
-    with tqdm(total=len(tasks) * len(systems), desc="reading and fitting", disable=None) as progress:
-        for name, loaded in systems.items():
-            for task in tasks:
-                evaluate(task, name, loaded)
-                progress.update()
-
-    compared = f"; differences to {words[0]} are of the same draws" if len(words) > 1 else ""
-    print(f"accuracy ± 95% interval, {config.n_episodes} draws of each K{compared}")
+    for name, loaded in tqdm(systems.items(), "reading and fitting", disable=None):
+        for task in tasks:
+            evaluate(task, name, loaded)
+    print(f"accuracy ± 95% interval, {config.n_episodes} draws of each K, the same for all models")
     results = {"settings": asdict(config), "tasks": {}}
     _, first, *others = systems
     for task in tasks:
@@ -282,7 +250,7 @@ def main():
         print(f"\n{task.name}: {task.about}\n{table}")
     write_atomic(f"{words[0]}/fewshot.json", json.dumps(results, indent=2))
     figures.save(figures.few_shot(results, list(systems)), f"{words[0]}/fewshot.png")
-    print(f"\nwritten {words[0]}/fewshot.json\nwritten {words[0]}/fewshot.png")
+    print(f"\nwritten {words[0]}/fewshot.json and .png")
 
 if __name__ == "__main__":
     main()

@@ -4,18 +4,15 @@
     python eval_lm.py out/11m --data=DIR --step=all         # every checkpoint, for the phase figure
     python eval_lm.py out/11m --data=hf:allenai/paloma      # a domain is a configuration; log in first
 
-A document is read after an end-of-text, so that its first token is scored too. The end-of-text after it is
-not scored, as it is in the validation loss of training. Perplexity is exp(nats / tokens), bits per byte is
-nats / ln 2 / bytes, over all of a domain: long documents weigh more. Models of different vocabularies compare
-in bits per byte only. A document longer than the context is read in overlapping windows (Press et al. 2021,
-appendix B, arxiv.org/abs/2012.15832). Each is scored from where the one before it ended.
-
-Intervals are 95% bootstrap intervals over documents; the seed of training varies more than they show.
+A document is read after an end-of-text, so that its first token is scored too; the end-of-text after it is
+not, as in the validation loss of training. Perplexity is exp(nats / tokens), bits per byte is nats / ln 2 /
+bytes, over all of a domain: long documents weigh more. Models of different vocabularies compare in bits per
+byte only. A document longer than the context is read in overlapping windows, each scored from where the one
+before it ended (Press et al. 2021, appendix B, arxiv.org/abs/2012.15832). Intervals are 95% bootstrap
+intervals over documents; the seed of training varies more than they show.
 """
 import json
-import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 from plumbing import settings  # before torch: Ctrl-C is quiet soon
 from plumbing.files import fail, write_atomic
@@ -41,15 +38,10 @@ class Config:
     stride: Whole = 0  # tokens from one window to the next; 0 takes half the context
     step: str = "newest"  # checkpoint: newest, a number, or all
 
-RULES = [
-    (lambda c: c.data, "data must name a folder, a file, or a Hugging Face dataset as hf:NAME"),
-    (lambda c: c.step in ("newest", "all") or c.step.isdecimal(), "step takes newest, all, or a number"),
-]
+RULES = [(lambda c: c.data, "data must name a folder, a file, or a Hugging Face dataset as hf:NAME"),
+         (lambda c: c.step in ("newest", "all") or c.step.isdecimal(), "step takes newest, all, or a number")]
 DRAWS = 2000  # of the bootstrap
 BATCH = 8192  # tokens in a batch of windows
-
-# --------------------------------------------------------------------------------------------------
-# Scores
 
 def windows(n, context, stride):
     """Cut a document of n tokens, which follow an end-of-text, token 0, into windows (start, end, scored).
@@ -57,36 +49,33 @@ def windows(n, context, stride):
     A window reads tokens start to end - 1 to predict start + 1 to end, of which the last `scored` count.
     """
     ends = [*range(min(context, n), n, stride), n] if n else []
-    return [(max(0, end - context), end, end - before) for before, end in pairwise([0, *ends])]
+    return [(max(0, end - context), end, end - before)
+            for before, end in zip([0, *ends], ends, strict=False)]
 
 @torch.no_grad()
-def score(model, eot, documents, context, stride, progress):
+def score(model, eot, documents, context, stride, title):
     """The nats (D,) of D documents, lists of ids. Windows of about equal length are read together."""
-    device, nats = model.norm.weight.device, np.zeros(len(documents))
+    device, nats, rows = model.norm.weight.device, np.zeros(len(documents)), max(1, BATCH // context)
     cut = [(d, *window) for d, ids in enumerate(documents) for window in windows(len(ids), context, stride)]
     cut.sort(key=lambda window: window[2] - window[1])
-    rows = max(1, BATCH // context)
-    for first in range(0, len(cut), rows):
+    documents = [[eot, *ids] for ids in documents]
+    for first in tqdm(range(0, len(cut), rows), title, unit=" batches", leave=False, disable=None):
         batch = cut[first : first + rows]
-        inputs, targets = [], []
-        for d, start, end, scored in batch:
-            ids = [eot, *documents[d][max(0, start - 1) : end]][-(end - start + 1) :]  # tokens start to end
-            inputs.append(torch.tensor(ids[:-1]))
-            targets.append(torch.tensor([-1] * (end - start - scored) + ids[-scored:]))
-        idx = pad_sequence(inputs, batch_first=True)  # padding comes last: causal attention ignores it
-        targets = pad_sequence(targets, batch_first=True, padding_value=-1)
-        counts = targets >= 0
-        x = model.features(idx.to(device))[counts.to(device)]  # (S, C): only where a token is scored
-        losses = F.cross_entropy(model.unembedding(x).float(), targets[counts].to(device), reduction="none")
-        of_document = np.repeat([d for d, *_ in batch], counts.sum(1))  # (S,)
+        ids = [torch.tensor(documents[d][start : end + 1]) for d, start, end, _ in batch]
+        idx = pad_sequence([row[:-1] for row in ids], batch_first=True)  # causal attention ignores padding
+        scored = pad_sequence([torch.arange(len(row) - 1) >= len(row) - 1 - window[3]
+                               for row, window in zip(ids, batch, strict=True)], batch_first=True)  # (B, T)
+        targets = pad_sequence([row[1:] for row in ids], batch_first=True)[scored].to(device)  # (S,)
+        x = model.features(idx.to(device))[scored.to(device)]  # (S, C)
+        losses = F.cross_entropy(model.unembedding(x).float(), targets, reduction="none")
+        of_document = np.repeat([d for d, *_ in batch], scored.sum(1))  # (S,)
         np.add.at(nats, of_document, losses.double().cpu().numpy())
-        progress.update(len(losses))
     return nats
 
 def rates(totals):
     """nats, tokens, bytes (..., 3) -> perplexity and bits per byte (..., 2)."""
     nats, tokens, size = np.moveaxis(totals, -1, 0)
-    return np.stack([np.exp(nats / tokens), nats / math.log(2) / size], axis=-1)
+    return np.stack([np.exp(nats / tokens), nats / np.log(2) / size], axis=-1)
 
 def bootstrap(totals):
     """Rates (DRAWS, 2) of documents drawn with replacement, the same for every model."""
@@ -96,21 +85,15 @@ def bootstrap(totals):
 
 def summary(totals, first=None):
     """The numbers of documents (D, 3); or, given those of the first model, only the difference to it."""
-    nats, tokens, size = totals.sum(0)
-    perplexity, bits = rates(totals.sum(0))
+    (nats, tokens, size), (perplexity, bits), draws = totals.sum(0), rates(totals.sum(0)), bootstrap(totals)
     numbers = {"perplexity": perplexity, "bits_per_byte": bits,
                "documents": len(totals), "tokens": int(tokens), "bytes": int(size), "nats": nats}
     if first is not None:
-        numbers = {"bits_per_byte": bits - rates(first.sum(0))[1]}
-    if len(totals) > 1:  # one document alone gives no interval
-        draws = bootstrap(totals) - (0 if first is None else bootstrap(first))
-        intervals = np.percentile(draws, (2.5, 97.5), axis=0).T.tolist()  # (2, 2)
-        for key, low_high in zip(("perplexity", "bits_per_byte"), intervals, strict=True):
-            numbers |= {f"{key}_interval": low_high} if key in numbers else {}
+        numbers, draws = {"bits_per_byte": bits - rates(first.sum(0))[1]}, draws - bootstrap(first)
+    for i, key in enumerate(("perplexity", "bits_per_byte")):
+        if key in numbers and len(totals) > 1:  # one document alone gives no interval
+            numbers[f"{key}_interval"] = np.percentile(draws[:, i], (2.5, 97.5)).tolist()
     return numbers
-
-# --------------------------------------------------------------------------------------------------
-# Texts and tables
 
 def read_domains(config):
     """{domain: list of texts}. A missing text (null) is an empty one."""
@@ -124,36 +107,32 @@ def read_domains(config):
                 split = config.split or [*usable, "validation"][0]
                 rows[part] = read_columns(name, [config.column], name, part, split=split)
     else:
-        for domain, paths in text_files(config.data).items():
-            rows[domain] = read_files(paths, [config.column])
+        rows = {name: read_files(paths, [config.column]) for name, paths in text_files(config.data).items()}
     texts = {domain: [text or "" for (text,) in of_domain] for domain, of_domain in rows.items()}
-    for domain in texts:
-        if not any(texts[domain]) or not all(isinstance(text, str) for text in texts[domain]):
+    for domain, of_domain in texts.items():
+        if not any(of_domain) or not all(isinstance(text, str) for text in of_domain):
             fail(f"{domain} holds no text in its column {config.column}; choose another with --column=")
-        if domain == "all" and len(texts) > 1:
-            fail("a domain is named all, as the row of all domains together is; give it another name")
     return texts
 
 def print_table(path, results):
     """A line for each step but the last, then the table of the last."""
     *before, last = results["steps"]
     for step in before:
-        numbers = results["steps"][step]["all"]
-        print(f"{path}, step {step}: perplexity {numbers['perplexity']:.2f}, "
-              f"{numbers['bits_per_byte']:.4f} bits per byte over all")
-    difference, rows = results.get("difference"), {}
+        print("{}, step {}: perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits per byte over all".format(
+            path, step, **results["steps"][step]["all"]))
+    rows = {}
     for domain, numbers in results["steps"][last].items():
         rows[domain] = {"documents": f"{numbers['documents']:,}", "bytes": f"{numbers['bytes']:,}",
                         "perplexity": cell(numbers, "perplexity", ".2f"),
                         "bits per byte": cell(numbers, "bits_per_byte", ".3f")}
-        if difference:
+        if difference := results.get("difference"):
             rows[domain][f"minus {difference['from']}"] = cell(difference[domain], "bits_per_byte", "+.3f")
     print(f"\n{path}, step {last}\n{pd.DataFrame(rows).T.to_string()}")
 
 def cell(numbers, key, form):
     """A number, and its interval if it has one."""
-    low_high = numbers.get(f"{key}_interval")
-    return f"{numbers[key]:{form}}" + (f" [{low_high[0]:{form}}, {low_high[1]:{form}}]" if low_high else "")
+    ends = ", ".join(f"{end:{form}}" for end in numbers.get(f"{key}_interval", []))
+    return f"{numbers[key]:{form}}" + f" [{ends}]" * bool(ends)
 
 def main():
     config, words = settings.load(Config, __doc__, RULES)
@@ -166,29 +145,22 @@ def main():
     domains = read_domains(config)
     texts = sum(domains.values(), [])
     where = np.repeat(list(domains), [len(of_domain) for of_domain in domains.values()])  # (D,)
-    groups = {domain: where == domain for domain in domains} | {"all": np.full(len(texts), True)}
-
+    groups = {domain: where == domain for domain in domains} | {"all": where != ""}
     results, totals = {}, {}
     for path, last in models.items():
         results[path] = {"data": config.data, "context": context, "stride": stride, "steps": {}}
         ids = last.tokenizer.encode_ordinary_batch(texts)
         sizes = [(len(row), len(text.encode())) for row, text in zip(ids, texts, strict=True)]
-        steps = list(checkpoints(path)) if config.step == "all" else []  # others' folders have none
-        work = max(1, len(steps)) * sum(map(len, ids))
-        with tqdm(total=work, desc=path, unit=" tokens", unit_scale=True, disable=None) as progress:
-            for step in steps or [last.step]:
-                model = last.model if step == last.step else load_model(path, step, device).model
-                nats = score(model, last.tokenizer.eot, ids, context, stride, progress)
-                totals[path] = np.column_stack([nats, sizes])  # (D, 3)
-                results[path]["steps"][step] = {
-                    group: summary(totals[path][inside]) for group, inside in groups.items()}
+        steps = (list(checkpoints(path)) if config.step == "all" else []) or [last.step]
+        for step in steps:
+            model = last.model if step == last.step else load_model(path, step, device).model
+            nats = score(model, last.tokenizer.eot, ids, context, stride, f"{path}, step {step}")
+            totals[path] = np.column_stack([nats, sizes])  # (D, 3)
+            results[path]["steps"][step] = {name: summary(totals[path][of]) for name, of in groups.items()}
         if path != words[0]:  # both at their last step
             results[path]["difference"] = {"from": words[0]} | {
-                group: summary(totals[path][inside], totals[words[0]][inside])
-                for group, inside in groups.items()}
-
-    print(f"{config.data}: at most {context} tokens of context, windows {stride} apart; "
-          "[95% interval over documents]")
+                name: summary(totals[path][of], totals[words[0]][of]) for name, of in groups.items()}
+    print(f"{config.data}: at most {context} tokens of context, windows {stride} apart; [95% over documents]")
     for path in models:
         print_table(path, results[path])
         write_atomic(f"{path}/eval_lm.json", json.dumps(results[path], indent=2))

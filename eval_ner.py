@@ -4,15 +4,15 @@
     python eval_ner.py out/11m config/ner_paper.py --uner_dir=folder/of/iob2/files --seeds=3 --mode=head
 
 Each model is tuned on the training sets, head-only (a linear layer on frozen features) and in full, then
-tested on every set. Baselines: all O, and random weights in the first model's shape. One seed is one head,
-one order of the sentences and, with `shots`, one draw of them. Results are kept in ner/ in the model's
-folder; the same command resumes. Unlike in the paper (arxiv.org/abs/2311.09122) a word is tagged at its last
-subword (`label_at`), where a causal model has read it, or in a second copy of the sentence (`twice`).
+tested on every set, beside all O, and random weights in the first model's shape. A seed is of the head, the
+order of the sentences and the draw of `shots`. Results are kept in a model's ner/ and not computed again.
+Unlike in the paper (arxiv.org/abs/2311.09122) a word is tagged at its last subword (`label_at`), where a
+causal model has read it, or in a second copy of the sentence (`twice`).
 """
 import copy
 import functools
-import itertools
 import json
+import re
 import sys
 import zlib
 from collections import namedtuple
@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 from plumbing import figures, settings  # before torch: Ctrl-C is quiet soon
-from plumbing.files import ROOT, fail, read_json, reason, write_atomic
+from plumbing.files import ROOT, fail, read_json, reading, reason, write_atomic
 from plumbing.settings import Count, Positive, Whole
 
 import numpy as np
+import pandas as pd
 import torch
 from seqeval.metrics import classification_report
 from seqeval.scheme import IOB2, Entities
@@ -36,13 +37,12 @@ from model import Llama
 from plumbing.checkpoint import load_models
 from plumbing.machine import choose_device
 
-SETS = {"ceb_gja": "Cebuano-GJA", "da_ddt": "Danish-DDT", "de_pud": "German-PUD", "en_ewt": "English-EWT",
-        "en_pud": "English-PUD", "hr_set": "Croatian-SET", "pt_bosque": "Portuguese-Bosque",
-        "pt_pud": "Portuguese-PUD", "ru_pud": "Russian-PUD", "sk_snk": "Slovak-SNK", "sr_set": "Serbian-SET",
-        "sv_pud": "Swedish-PUD", "sv_talbanken": "Swedish-Talbanken", "tl_trg": "Tagalog-TRG",
-        "tl_ugnayan": "Tagalog-Ugnayan", "zh_gsd": "Chinese-GSD", "zh_gsdsimp": "Chinese-GSDSIMP",
-        "zh_pud": "Chinese-PUD"}  # name -> repository; those not in TUNED have only a test set
-TUNED = "da_ddt en_ewt hr_set pt_bosque sk_snk sr_set sv_talbanken zh_gsd zh_gsdsimp".split()
+SETS = dict(pair.split("=") for pair in """ceb_gja=Cebuano-GJA da_ddt=Danish-DDT de_pud=German-PUD
+    en_ewt=English-EWT en_pud=English-PUD hr_set=Croatian-SET pt_bosque=Portuguese-Bosque
+    pt_pud=Portuguese-PUD ru_pud=Russian-PUD sk_snk=Slovak-SNK sr_set=Serbian-SET sv_pud=Swedish-PUD
+    sv_talbanken=Swedish-Talbanken tl_trg=Tagalog-TRG tl_ugnayan=Tagalog-Ugnayan zh_gsd=Chinese-GSD
+    zh_gsdsimp=Chinese-GSDSIMP zh_pud=Chinese-PUD""".split())  # name: repository
+TUNED = "da_ddt en_ewt hr_set pt_bosque sk_snk sr_set sv_talbanken zh_gsd zh_gsdsimp".split()  # not only test
 TYPES = ("PER", "ORG", "LOC")
 TAGS = ("O", *(f"{prefix}-{kind}" for kind in TYPES for prefix in "BI"))
 OUR_TAG = {tag: tag for tag in TAGS} | {"B-OTH": "O", "I-OTH": "O", "B-O": "O"}  # as in the published loader
@@ -53,7 +53,6 @@ class Config:
     train: str = "da_ddt"  # sets to tune on, together: one, several with commas between, or all
     test: str = "all"  # sets to test on, each by itself, with commas between; all takes every set at hand
     uner_dir: str = ""  # folder of <set>-ud-<split>.iob2; empty takes data/uner, and fetches what is missing
-    uner_url: str = "https://raw.githubusercontent.com/UniversalNER"  # from here: a repository for each set
     shots: Whole = 0  # tune on this many sentences for each type of entity; 0 takes all. dev stays whole
     label_at: Literal["first", "last"] = "last"  # the subword of a word whose features are tagged
     twice: bool = False  # show each window twice and tag the second copy, which has read what follows
@@ -71,74 +70,55 @@ class Config:
 
 def read_iob2(path):
     """The sentences of a file that has a line for each word and a blank line after each sentence."""
-    sentences, words, tags, text = [], [], [], ""
-    for number, line in enumerate(Path(path).read_bytes().splitlines() + [b""], 1):
-        line, index = line.decode(errors="replace"), str(len(words) + 1)
-        if line.startswith("# text ="):
-            text = line.removeprefix("# text =").strip()
-        elif not line.strip(" "):
-            if words:
-                sentences.append(Sentence(words, tags, text))
-            words, tags, text = [], [], ""
-        elif not line.startswith("#"):
-            columns = line.split("\t")
-            good = len(columns) == 5 and columns[0] == index and columns[1].strip() and columns[2] in OUR_TAG
-            if not good or "\ufffd" in line:  # which stands for what is not UTF-8
-                fail(f"{path}, line {number}: {str(columns)[:99]} should be 5 columns of UTF-8: "
-                     f"the index {index}, word, tag ({', '.join(OUR_TAG)}), -, annotator, by tabs")
-            words.append(columns[1])
-            tags.append(OUR_TAG[columns[2]])
-    if not sentences:
-        fail(f"{path}, line 1: the file holds no words; delete it and fetch it again")
-    return sentences
+    sentences = []
+    with reading(path, "the line of a word holds index, word, tag, - and annotator, with tabs between"):
+        for block in re.split(r"\n *\n", Path(path).read_text("utf8")):
+            rows = [line.split("\t") for line in block.split("\n") if line.strip(" ") and line[0] != "#"]
+            if rows:
+                _, words, tags, _, _ = map(list, zip(*rows, strict=True))
+                text = "".join(re.findall("^# text =(.*)", block, re.MULTILINE)).strip()
+                sentences.append(Sentence(words, [OUR_TAG[tag] for tag in tags], text))
+    return sentences or fail(f"{path} holds no words; delete it and fetch it again")
 
-def find_files(config, setting, known, splits):
-    """{set: paths} of the sets that `setting`, train or test, names. Missing files are fetched first."""
-    folder, wanted = Path(config.uner_dir or ROOT / "data/uner"), getattr(config, setting)
-    sets, trouble = {}, ""
+def read_sets(config, wanted, known, splits):
+    """{set: the sentences of each split that it has} of the sets wanted, fetched if need be."""
+    folder, sets = Path(config.uner_dir or ROOT / "data/uner"), {}
+    folder.mkdir(parents=True, exist_ok=True)
     for name in known if wanted == "all" else wanted.split(","):
-        if name not in known:
-            fail(f"--{setting}={wanted}: {setting} takes some of {', '.join(known)}, or all")
         paths = [folder / f"{name}-ud-{split}.iob2" for split in splits]
-        for path in paths:
-            if not (path.is_file() or config.uner_dir or trouble):
-                url = f"{config.uner_url}/UNER_{SETS[name]}/HEAD/{path.name}"
-                try:
-                    content = urlopen(Request(url, headers={"User-Agent": "nanoMAML"}), timeout=30).read()
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_atomic(path, content)
-                except OSError as error:  # 404: this split is not published
-                    trouble = "" if getattr(error, "code", 0) == 404 else f" ({url}: {reason(error)})"
-        sets[name] = [path for path in paths if path.is_file()]
-    if missing := [f"{name} (UNER_{SETS[name]})" for name, paths in sets.items() if not paths]:
-        line = (f"--{setting}={wanted}: no file for {', '.join(missing)}; download <set>-ud-<split>.iob2 "
-                f"from https://github.com/UniversalNER/<repository> and put it into {folder}{trouble}")
-        if wanted != "all" or len(missing) == len(sets):
-            fail(line)
-        print(f"note: {line}", file=sys.stderr)
-    return {name: paths for name, paths in sets.items() if paths}
+        for path in [path for path in paths if not (path.exists() or config.uner_dir)]:
+            url = f"https://raw.githubusercontent.com/UniversalNER/UNER_{SETS.get(name)}/HEAD/{path.name}"
+            try:
+                write_atomic(path, urlopen(url, timeout=30).read())
+            except OSError as error:
+                if getattr(error, "code", 0) != 404:  # not every split is published
+                    fail(f"cannot fetch {url}: {reason(error)}; put the file into {folder} yourself, "
+                         f"or take what is there with --uner_dir={folder}")
+        sets[name] = [read_iob2(path) for path in paths if path.exists()]
+        if not sets[name] and wanted != "all":
+            fail(f"{folder} has no {' or '.join(splits)} file of {name}; sets are {', '.join(known)}")
+    return {name: parts for name, parts in sets.items() if parts} or fail(f"no set has files in {folder}")
 
 def load_sets(config):
     """Sentences to tune on, sentences to stop by, and {set: sentences} to test on."""
-    train, dev, tests = [], [], find_files(config, "test", SETS, ["test"])
-    for name, paths in find_files(config, "train", TUNED, ["train", "dev"]).items():
-        parts = [read_iob2(path) for path in paths]
+    train, dev, tests = [], [], read_sets(config, config.test, SETS, ["test"])
+    tuned = read_sets(config, config.train, TUNED, ["train", "dev"])
+    print(f"tuning on {', '.join(tuned)}, testing on {', '.join(tests)}", file=sys.stderr)
+    for name, parts in tuned.items():
         if len(parts) == 1:
             print(f"note: {name} has only one of train and dev: a tenth of it serves as dev", file=sys.stderr)
-            sentences, parts = parts[0], ([], [])
-            for sentence in sentences:  # whatever their order: the same tenth
+            [only], parts = parts, ([], [])
+            for sentence in only:  # whatever their order: the same tenth
                 parts[zlib.crc32(" ".join(sentence.words).encode()) % 10 == 0].append(sentence)
         train, dev = train + parts[0], dev + parts[1]
-    return train, dev, {name: read_iob2(path) for name, [path] in tests.items()}
+    return train, dev, {name: sentences for name, [sentences] in tests.items()}
 
 def few(sentences, shots, seed):
-    """For each type of entity, `shots` sentences that hold one, drawn at random, no sentence twice."""
+    """For each type of entity `shots` sentences with one, or all there are, drawn at random, none twice."""
     rng, chosen = np.random.default_rng([seed, shots]), []
     for kind in TYPES:
         holding = [i for i, s in enumerate(sentences) if f"B-{kind}" in s.tags and i not in chosen]
-        if len(holding) < shots:
-            fail(f"shots = {shots}: only {len(holding)} sentences left with {kind}; lower shots")
-        chosen += rng.choice(holding, shots, replace=False).tolist()
+        chosen += rng.choice(holding, min(shots, len(holding)), replace=False).tolist()
     return [sentences[i] for i in chosen]
 
 @dataclass(eq=False)  # so that it can be the key of a cache
@@ -185,7 +165,7 @@ def batches(rows, size, rng=None):
     """All row numbers in lists of `size`, rows of like length together; with `rng` otherwise shuffled."""
     length = np.array([len(ids) for ids in rows.ids])
     order = np.argsort(length if rng is None else length * rng.uniform(0.8, 1.25, len(length)), kind="stable")
-    parts = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+    parts = np.split(order, range(size, len(order), size))
     parts = parts if rng is None else [parts[i] for i in rng.permutation(len(parts))]
     return tqdm(parts, unit=" batches", leave=False, disable=None)
 
@@ -256,8 +236,8 @@ def score(sentences, tags):
 def resampled(results, n=1000):
     """Strict F1 (n,) of one set, mean over the results (seeds), in the same n bootstrap samples."""
     counts = np.array([result["sentences"] for result in results])  # (seeds, sentences, 3)
-    size = counts.shape[1]
-    times = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=n)  # (n, sentences)
+    S = counts.shape[1]
+    times = np.random.default_rng(0).multinomial(S, np.full(S, 1 / S), n)  # (n, sentences)
     correct, predicted, true = np.einsum("ns,ksc->cnk", times, counts)  # (n, seeds) each
     return (2 * correct / np.maximum(predicted + true, 1)).mean(1)
 
@@ -265,16 +245,17 @@ def p_value(difference):
     """Two-sided p of no difference, from differences (n,) in paired samples (Efron and Tibshirani 1993)."""
     return min(1.0, 2 * (1 + min((difference <= 0).sum(), (difference >= 0).sum())) / (1 + len(difference)))
 
-def evaluate(config, folder, label, model, tokenizer, data, modes, seeds):
-    """Results of one model, {(mode, seed): {..., "sets": {set: score}}}: from folder/ner, or made there."""
-    folder, results, read_frozen = Path(folder) / "ner", {}, frozen(model)
+def evaluate(config, folder, label, loaded, data):
+    """A model's results {mode: [{..., "sets": {set: score}} of each seed]}: in folder/ner, or made."""
+    (train, dev, tests), tokenizer, model, results = data, loaded.tokenizer, loaded.model, {}
+    folder, read_frozen = Path(folder) / "ner", frozen(model)
     folder.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be written ends it
-    train, dev, tests = data
     all_rows, dev_rows = rows_of(tokenizer, train, config), rows_of(tokenizer, dev, config)
     test_rows = {name: rows_of(tokenizer, sentences, config) for name, sentences in tests.items()}
     tuning = config.lr, config.head_lr, config.batch_size, config.epochs, config.head_epochs, config.patience
     weights = [torch.hash_tensor(weight.cpu()).item() for weight in model.state_dict().values()]
-    for mode, seed in itertools.product(modes, range(seeds)):
+    modes, seeds = ["head", "full"] if config.mode == "both" else [config.mode], 5 if config.shots else 1
+    for mode, seed in [(mode, seed) for mode in modes for seed in range(config.seeds or seeds)]:
         rows = rows_of(tokenizer, few(train, config.shots, seed), config) if config.shots else all_rows
         key = sha256(repr((tuning, mode, seed, weights, rows, dev_rows, test_rows)).encode()).hexdigest()[:12]
         path = folder / f"{config.train.replace(',', '+')}-{mode}-{label}-seed{seed}-{key}.json"
@@ -286,18 +267,17 @@ def evaluate(config, folder, label, model, tokenizer, data, modes, seeds):
             sets = {name: score(s, predict(read, head, test_rows[name], s)) for name, s in tests.items()}
             write_atomic(path, json.dumps(dict(dev_f1=f1, epoch=epoch, settings=asdict(config), sets=sets)))
             print(f"{path}: dev F1 {f1:.3f} after epoch {epoch}", file=sys.stderr)
-        results[mode, seed] = read_json(path, "delete it and give the command again")
+        results.setdefault(mode, []).append(read_json(path, "delete it and give the command again"))
     return results
 
-def table(systems, modes, seeds, tests):
+def table(systems, tests):
     """A dict for each mode, test set and system, and for each difference of the first model, systems[1]."""
-    rows, (first, *others) = [], list(systems)[1:]
-    for mode, name in itertools.product(modes, tests):
+    rows, (_, first, *others) = [], systems
+    for mode, name in [(mode, name) for mode in systems[first] for name in tests]:
         cells = {"all O": [score(tests[name], [["O"] * len(s.words) for s in tests[name]])]}
-        for system, results in systems.items():
-            cells[system] = [results[mode, seed]["sets"][name] for seed in range(seeds)]
-        samples, f1 = {system: resampled(cell) for system, cell in cells.items()}, {}
-        shared = {"mode": mode, "set": name, "entities": cells["all O"][0]["entities"]}
+        cells |= {system: [seed["sets"][name] for seed in systems[system][mode]] for system in systems}
+        samples = {system: resampled(cell) for system, cell in cells.items()}
+        f1, shared = {}, {"mode": mode, "set": name, "entities": cells["all O"][0]["entities"]}
         for system, cell in cells.items():
             row = {f"{scheme} {key}": np.mean([result[scheme][key] for result in cell])
                    for scheme in ("strict", "conlleval") for key in cell[0][scheme]}
@@ -312,40 +292,25 @@ def table(systems, modes, seeds, tests):
             rows.append(shared | {"system": f"{first} - {other}"} | row)
     return rows
 
-def markdown(rows):
-    """The rows of `table` as a Markdown table, in percent."""
-    lines = ["| mode | test set | entities | system | F1 | 95% | P | R | conlleval F1 | PER | ORG | LOC |",
-             "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    columns = ["strict precision", "strict recall", "conlleval f1", "strict PER", "strict ORG", "strict LOC"]
-    for row in rows:
-        f1, low, high = (f"{100 * x:.1f}" for x in (row["f1"], *row["interval"]))
-        f1 += "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
-        rest = [f"p = {row['p']:.3f}"] + [""] * 5 if "p" in row else [f"{100 * row[c]:.1f}" for c in columns]
-        cells = [row["mode"], row["set"] + " ⚠" * (row["entities"] < 200), str(row["entities"]),
-                 row["system"], f1, f"{low} to {high}", *rest]
-        lines.append(f"| {' | '.join(cells)} |")
-    legend = "F1, P, R and types: strict IOB2, micro over entities. 95%: over sentences. ±: over seeds."
-    return "\n".join([*lines, "", legend, "⚠ fewer than 200 entities: a point or two is an entity or two."])
-
 def main(argv=None):
-    rules = [(lambda c: c.length >= 16, "length must be at least 16")]
-    config, words = settings.load(Config, __doc__, rules, argv)
+    config, words = settings.load(Config, __doc__, argv=argv)
     config.device = choose_device(config.device).type
     models = load_models(words, None if config.step == -1 else config.step, config.device)
-    modes = ["head", "full"] if config.mode == "both" else [config.mode]
-    seeds = config.seeds or (5 if config.shots else 1)
     first, data = models[words[0]], load_sets(config)
     torch.manual_seed(0)
     untrained = first._replace(model=Llama(first.model.config).to(config.device))
-    systems = {}
-    for system, loaded in {"random weights": untrained, **models}.items():
-        folder, label = (system, f"step{loaded.step}") if system in models else (words[0], "random")
-        systems[system] = evaluate(config, folder, label, loaded.model, loaded.tokenizer, data, modes, seeds)
-    rows = table(systems, modes, seeds, data[2])
-    path = f"{words[0]}/ner_{config.train.replace(',', '+')}"
+    systems = {"random weights": evaluate(config, words[0], "random", untrained, data)}
+    systems |= {word: evaluate(config, word, f"step{loaded.step}", loaded, data)
+                for word, loaded in models.items()}
+    rows, path = table(systems, data[2]), f"{words[0]}/ner_{config.train.replace(',', '+')}"
     write_atomic(f"{path}.json", json.dumps({"settings": asdict(config), "table": rows}, indent=1))
     figures.save(figures.ner_heat_map(rows, f"Universal NER, tuned on {config.train}"), f"{path}.png")
-    print(f"{markdown(rows)}\nwritten {path}.json and .png")
+    columns = "mode,set,entities,system,f1,deviation,interval,p,strict precision,strict recall,conlleval f1"
+    shown = pd.DataFrame(rows, columns=[*columns.split(","), *(f"strict {kind}" for kind in TYPES)])
+    shown["interval"] = shown["interval"].map("{0[0]:.3f} to {0[1]:.3f}".format)
+    print(shown.to_string(index=False, na_rep="", float_format="{:.3f}".format))
+    print("f1: strict IOB2, micro over entities; deviation: over seeds; interval: 95%, over sentences.\n"
+          f"A point or two of few entities is an entity or two.\nwritten {path}.json and .png")
 
 if __name__ == "__main__":
     main()

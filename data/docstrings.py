@@ -5,69 +5,48 @@ Source is parsed, never imported: nothing runs, and the order is always the same
 import ast
 import gc
 import inspect
+import multiprocessing
 import os
 import re
 import signal
-import sysconfig
-import threading
-import warnings
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from importlib.machinery import PathFinder
-from multiprocessing import parent_process
 from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.files import fail, on_signals
+from plumbing.files import fail
 
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"}
 
 def read_packages(packages, workers):
     """[(module name, text)] of packages, sorted by name. A long paragraph stays only where it comes first."""
-    modules = sorted({module for package in packages for module in modules_of(package)})
-    seen, documents = set(), []
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        texts = pool.map(read_module, [path for _, path in modules], chunksize=4)
+    modules, seen = sorted({module for package in packages for module in modules_of(package)}), set()
+    with multiprocessing.Pool(workers, start_worker) as pool:
+        texts = pool.imap(read_module, [path for _, path in modules], chunksize=4)
         texts = tqdm(texts, "reading", len(modules), unit=" modules", disable=None)
-        try:
-            for (name, _), text in zip(modules, texts, strict=True):
-                text = "\n\n".join(unseen_prose(text, seen))
-                if text:
-                    documents.append((name, text))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # or leaving the `with` would first read the rest
-            raise
-    return documents
+        texts = ["\n\n".join(unseen_prose(text, seen)) for text in texts]
+    return [(name, text) for (name, _), text in zip(modules, texts, strict=True) if text]
 
 def start_worker():
-    """Set up a process that reads modules. It leaves Ctrl-C to its parent and never outlives it."""
-    on_signals(signal.SIG_IGN)  # a terminal sends them to workers too
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # about escapes in other people's strings
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too
+    sys.stderr = open(os.devnull, "w")  # no warnings about other people's code; no word of a parent's death
     gc.disable()  # syntax trees have no cycles; looking for some takes a third of the time
-
-def end_with_parent():
-    parent_process().join()
-    os._exit(1)
 
 def modules_of(package):
     """[(module name, path)] of a package, without test modules."""
-    if package == "stdlib":
-        folder = root = Path(sysconfig.get_paths()["stdlib"])
-    else:
+    folder = root = Path(ast.__file__).parent  # of the standard library
+    if package != "stdlib":
         spec = PathFinder.find_spec(package)  # looks past frozen and built-in modules
-        if spec is None or not (spec.origin or "").endswith(".py"):
+        origin = Path((spec and spec.origin) or "")
+        if origin.suffix != ".py":
             fail(f"no Python source of {package!r} is installed: choose others with --packages=a,b")
-        if not spec.submodule_search_locations:
-            return [(package, Path(spec.origin))]
-        folder, root = Path(spec.origin).parent, Path(spec.origin).parents[1]
-    modules = []
-    for path in folder.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if not SKIPPED_FOLDERS.intersection(parts) and not parts[-1].startswith("test_"):
-            modules.append((".".join(parts).removesuffix(".__init__"), path))
-    return modules
+        if origin.name != "__init__.py":
+            return [(package, origin)]
+        folder, root = origin.parent, origin.parents[1]
+    modules = {path: path.relative_to(root).with_suffix("").parts for path in folder.rglob("*.py")}
+    return [(".".join(parts).removesuffix(".__init__"), path) for path, parts in modules.items()
+            if not SKIPPED_FOLDERS.intersection(parts) and not parts[-1].startswith("test_")]
 
 def read_module(path):
     """The documentation in a source file, "" where there is none or the file is for another Python."""

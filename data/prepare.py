@@ -10,21 +10,22 @@
 one. --source=[NAME=]hf:DATASET[,config][,split][,column] streams a dataset of the Hugging Face hub. Sources
 follow one another. With --weights the next document comes from the source furthest behind its share of the
 training tokens; none is repeated. The hash of a text (in docstrings, of its name) sends it to train or val.
-Only tokens reach the disk. After Ctrl-C or kill -9 the same command continues, to the same bytes.
+Only tokens reach the disk. After Ctrl-C or kill -9 the same command continues, to the same bytes: it reads
+the text (a dataset of the hub: downloads it) from the start, but does not encode again what is done.
 """
 import contextlib
 import hashlib
 import json
+import math
 import os
-import platform
 import re
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import repeat
+from functools import partial
+from itertools import accumulate, chain, islice, pairwise, repeat
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plumbing, from any working directory
@@ -36,10 +37,10 @@ from docstrings import read_packages
 from tqdm import tqdm
 
 from plumbing import settings
-from plumbing.corpus import Rows, file_options, list_files
-from plumbing.files import ROOT, fail, lock, on_signals, read_json, reading, write_atomic
+from plumbing.corpus import file_options, list_files, stream
+from plumbing.files import ROOT, fail, lock, read_json, reading, write_atomic
 from plumbing.settings import Count, Share, Whole
-from plumbing.tokenizer import EOT, LONG_SPACE, MASK, HubTokenizer, Tokenizer, load_tokenizer, ranks_file
+from plumbing.tokenizer import EOT, HUB_FILES, LONG_SPACE, MASK, HubTokenizer, Tokenizer, load_tokenizer
 
 @dataclass
 class Config:
@@ -61,8 +62,7 @@ def weights(config):
 
 RULES = [  # (what must hold, the sentence that says so); an error shows the settings that the sentence names
     (lambda c: not c.weights or (re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", c.weights) and min(weights(c)) > 0
-                                 and len(weights(c)) == len(c.source)),
-     "weights must be numbers above 0, one for each source, as 8,1,1"),
+     and len(weights(c)) == len(c.source)), "weights must be numbers above 0, one for each source, as 8,1,1"),
     (lambda c: not c.max_tokens or len(c.source) < 2 or c.weights,
      "max_tokens of several sources needs weights, or the first source would take all"),
     (lambda c: 258 <= c.vocab_size <= 65_536,
@@ -72,7 +72,6 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
 ]
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's cuts of a text
 COUNTS = ("documents", "tokens", "bytes")
-HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
 SAMPLE = 64_000_000  # characters that a vocabulary is trained on, at most
 BATCH = 4_000_000  # characters that are encoded at a time, unless one document has more
 SAVE = 30  # seconds from one saved state to the next
@@ -80,57 +79,28 @@ SAVE = 30  # seconds from one saved state to the next
 # --------------------------------------------------------------------------------------------------
 # Sources
 
-class Stream(Rows):
-    """Documents (key, text) of one file or dataset; a text is its own key. Blank documents are left out."""
-
-    def read(self, state=None):
-        for (text,) in super().read(state):
-            if not isinstance(text, str | None):
-                fail(f"column {self.columns[0]!r} of {self.name} holds {type(text).__name__}, not text: "
-                     "choose another with --column=")
-            if text and not text.isspace():
-                yield text, text
-
-class Listed:
-    """Documents (key, text) in memory, read like a Stream."""
-
-    def __init__(self, documents):
-        self.documents = documents
-
-    def read(self, state=None):
-        for i in range(state or 0, len(self.documents)):
-            self.count = i + 1
-            yield self.documents[i]
-
-    def state(self):
-        return self.count
+def documents_of(name, column, *where, **options):
+    """Yield the documents (key, text) of a file or dataset. A text is its own key."""
+    for (text,) in stream(name, [column], *where, **options):
+        if not isinstance(text, str | None):
+            fail(f"column {column!r} of {name} holds {type(text).__name__}, not text: see --column")
+        if text and not text.isspace():
+            yield text, text
 
 class Source:
-    """A named part of the corpus: its streams, its weight, and what is done of it, as values for JSON."""
+    """A named part of the corpus: functions that yield documents (key, text), its weight, what is done."""
 
-    def __init__(self, name, streams, weight=None):
-        self.name, self.streams, self.weight = name, streams, weight
-        self.done = {"stream": 0, "state": None, "taken": 0,  # start of a batch, and documents done of it
-                     "train": dict.fromkeys(COUNTS, 0), "val": dict.fromkeys(COUNTS, 0), "left_out": 0}
+    def __init__(self, name, parts, weight=None):
+        self.name, self.parts, self.weight = name, parts, weight
+        self.done = {"train": dict.fromkeys(COUNTS, 0), "val": dict.fromkeys(COUNTS, 0), "left_out": 0}
 
-    def read(self):
-        """Yield (key, text) of all streams, from where the batch begins."""
-        state = self.done["state"]
-        for number in range(self.done["stream"], len(self.streams)):
-            self.stream = number
-            yield from self.streams[number].read(state)
-            state = None
-
-    def encoded(self, encode_all):
-        """Yield (key, text, ids) of the documents that are not done yet. encode_all: texts -> their ids."""
-        done, documents = self.done, self.read()
+    def encoded(self, tokenizer, workers):
+        """Yield (key, text, ids) of the documents that are not done yet."""
+        done = self.done["train"]["documents"] + self.done["val"]["documents"] + self.done["left_out"]
+        documents = islice(chain.from_iterable(part() for part in self.parts), done, None)
         while batch := take(documents):
-            batch = batch[done["taken"] :]
-            ids = encode_all([text for _, text in batch])
-            for (key, text), row in zip(batch, ids, strict=True):
-                done["taken"] += 1
-                yield key, text, row
-            done |= {"stream": self.stream, "state": self.streams[self.stream].state(), "taken": 0}
+            keys, texts = zip(*batch, strict=True)
+            yield from zip(keys, texts, tokenizer.encode_ordinary_batch(texts, workers), strict=True)
 
 def take(documents):
     """The next documents of an iterator: BATCH characters, or a little more."""
@@ -145,12 +115,13 @@ def make_source(item, column, weight):
     name, what = re.fullmatch(r"(?:(\w+)=)?(.*)", item, re.DOTALL).groups()
     if what.startswith("hf:"):
         dataset, part, split, own_column = f"{what[3:]},,,".split(",")[:4]
-        stream = Stream(dataset, [own_column or column], dataset, part or None, split=split or "train")
-        return Source(name or Path(dataset).name, [stream], weight)
-    paths = what.split(",")
-    files = [file for path in paths for file in list_files(path)]
-    streams = [Stream(str(file), [column], **file_options(file)) for file in files]
-    return Source(name or ",".join(Path(path).name for path in paths), streams, weight)
+        where = dataset, own_column or column, dataset, part or None
+        paths, parts = [dataset], [partial(documents_of, *where, split=split or "train")]
+    else:
+        paths = what.split(",")
+        files = [str(file) for path in paths for file in list_files(path)]
+        parts = [partial(documents_of, file, column, **file_options(file)) for file in files]
+    return Source(name or ",".join(Path(path).name for path in paths), parts, weight)
 
 def total(sources, split, count):
     return sum(source.done[split][count] for source in sources)
@@ -159,24 +130,34 @@ def belongs_to_val(key, val_fraction):
     """Decided by the document's key alone, so that no other document can move it to the other split."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < val_fraction * 2**64
 
-# --------------------------------------------------------------------------------------------------
-# Tokenizer
+def interleave(sources, config, tokenizer):
+    """Yield (source, key, text, ids), until the sources have run out or max_tokens are there.
+
+    The source is the one furthest behind its share. Without weights all are at 0: it is the first of them.
+    """
+    live = {source: source.encoded(tokenizer, config.workers) for source in sources}
+    while live and (not config.max_tokens or total(sources, "train", "tokens") < config.max_tokens):
+        source = min(live, key=lambda source: source.done["train"]["tokens"] / (source.weight or math.inf))
+        if document := next(live[source], None):
+            yield source, *document
+        else:
+            del live[source]
 
 def train_tokenizer(sources, vocab_size, val_fraction):
-    """Train byte-pair ranks on training documents from the head of each stream; the last two ids are special.
+    """Train byte-pair ranks on training documents from the head of each part; the last two ids are special.
 
     Sources with weights get their shares of the sample: what is too short for its share counts several times.
     """
-    shares = [source.weight or len(source.streams) for source in sources]
-    samples = [[] for _ in sources]
-    for source, share, sample in zip(sources, shares, samples, strict=True):
-        for stream in tqdm(source.streams, f"sampling {source.name}", unit=" files", disable=None):
-            left = int(SAMPLE * share / sum(shares) / len(source.streams))
-            for key, text in stream.read():
+    shares, samples = [source.weight or len(source.parts) for source in sources], []
+    for source, share in zip(sources, shares, strict=True):
+        samples.append([])
+        for part in tqdm(source.parts, f"sampling {source.name}", unit=" files", disable=None):
+            left = int(SAMPLE * share / sum(shares) / len(source.parts))
+            for key, text in part():
                 if left <= 0:
                     break
                 if not belongs_to_val(key, val_fraction):
-                    sample += LONG_SPACE.split(text[:left])
+                    samples[-1] += LONG_SPACE.split(text[:left])
                     left -= len(text)
     needs = [share / max(sum(map(len, sample)), 1) for share, sample in zip(shares, samples, strict=True)]
     texts = []
@@ -190,87 +171,84 @@ def train_tokenizer(sources, vocab_size, val_fraction):
     return Tokenizer(ranks, PATTERN, {EOT: vocab_size - 2, MASK: vocab_size - 1})
 
 def open_tokenizer(folder):
-    """The tokenizer in a folder; or gpt2: its 50,257 ids, the last of which ends a text, and a mask."""
-    if folder != "gpt2":
-        tokenizer = load_tokenizer(folder)
-    else:
+    """The tokenizer in a folder, of a run the newest step's; or gpt2 with one id more, for a mask."""
+    if folder == "gpt2":
         with reading("the vocabulary gpt2", "go online, or train one with --vocab_size=N"):
             gpt2 = tiktoken.get_encoding("gpt2")
         specials = {EOT: gpt2.eot_token, MASK: gpt2.eot_token + 1}
-        tokenizer = Tokenizer(gpt2._mergeable_ranks, gpt2._pat_str, specials)
+        return Tokenizer(gpt2._mergeable_ranks, gpt2._pat_str, specials)
+    tokenizer = load_tokenizer(max(Path(folder).glob("step_*[0-9]"), default=folder))
     if tokenizer.n_vocab > 65_536:
         fail(f"--tokenizer={folder} has {tokenizer.n_vocab:,} ids, but uint16 holds 65,536")
     return tokenizer
 
-def tokenizer_files(tokenizer, folder):
-    """{name: content} of the files that load_tokenizer reads; folder: where a tokenizer.json came from."""
-    if isinstance(tokenizer, HubTokenizer):
-        return {name: Path(folder, name).read_bytes() for name in HUB_FILES if Path(folder, name).exists()}
-    return {"tokenizer.tiktoken": ranks_file(tokenizer.ranks)}
-
 # --------------------------------------------------------------------------------------------------
-# Token files
+# Whole or not at all
 
-def encode(tokenizer, text):
-    """The ids of a text and of its end, as an array of little-endian uint16."""
-    return np.array([*tokenizer.encode_ordinary(text), tokenizer.eot], "<u2")
+def describe(name, config, sources):
+    """The command and what else its bytes depend on, as plain values."""
+    versions = {"python": sys.version.split()[0]}
+    packages = [] if sources else config.packages.split(",")
+    for package in ("numpy", "tiktoken", "tokenizers", "rustbpe", "datasets", *packages):
+        with contextlib.suppress(PackageNotFoundError):  # stdlib is of Python's own version
+            versions[package] = version(package)
+    paths = [part.args[0] for source in sources for part in source.parts if "data_files" in part.keywords]
+    files = [[path, os.path.getsize(path), os.path.getmtime(path)] for path in paths]
+    own = {key: setting for key, setting in asdict(config).items() if key not in ("workers", "data_dir")}
+    return {"name": name, "versions": versions, "files": files, "settings": own}
 
-def interleave(sources, config, encode_all):
-    """Yield (source, key, text, ids), until the sources have run out or max_tokens are there."""
-    live = {source: source.encoded(encode_all) for source in sources}
-    while live and (not config.max_tokens or total(sources, "train", "tokens") < config.max_tokens):
-        source = next(iter(live))
-        if config.weights:
-            source = min(live, key=lambda source: source.done["train"]["tokens"] / source.weight)
-        document = next(live[source], None)
-        if document:
-            yield source, *document
-        else:
-            del live[source]
+def begin(work, config, sources, tokenizer):
+    """Clear the folder, put a tokenizer there (None: train one) and a meta.json that describes it."""
+    for file in work.glob("[!.]*"):  # all but the lock
+        file.unlink()
+    for source in sources:
+        if not any(any(part()) for part in source.parts):
+            fail(f"there is no document with text in {source.name}")
+    tokenizer = tokenizer or train_tokenizer(sources, config.vocab_size, config.val_fraction)
+    meta = {"sha256": {name: hashlib.sha256(file).hexdigest() for name, file in tokenizer.files.items()}}
+    if not isinstance(tokenizer, HubTokenizer):
+        meta |= {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens}
+    for name, file in {**tokenizer.files, "meta.json": json.dumps(meta)}.items():
+        write_atomic(work / name, file)
 
-def write_tokens(partial, sources, tokenizer, config, save):
+def write_tokens(work, sources, tokenizer, config, save):
     """Encode what is not done yet into train.bin and val.bin. Calls save() every SAVE seconds."""
-    begun, saved = total(sources, "train", "tokens"), time.time()
-    paths = [partial / "train.bin", *(partial / f"val.{i}.bin" for i in range(len(sources)))]
-    with (contextlib.ExitStack() as stack, ThreadPoolExecutor(config.workers) as pool,
-          tqdm(None, "encoding", config.max_tokens or None, unit=" training tokens", unit_scale=True,
-               initial=begun, disable=None) as bar):
-        train, *val = [stack.enter_context(open(path, "ab")) for path in paths]
-        documents = interleave(sources, config, lambda texts: pool.map(encode, repeat(tokenizer), texts))
-        for source, key, text, ids in documents:
+    paths = [work / "train.bin", *(work / f"val.{i}.bin" for i in range(len(sources)))]
+    train, *val = files = [open(path, "ab") for path in paths]
+    train.truncate(2 * total(sources, "train", "tokens"))  # what came after the last save is made again
+    for source, file in zip(sources, val, strict=True):
+        file.truncate(2 * source.done["val"]["tokens"])
+    saved = time.time()
+    with tqdm(None, "encoding", config.max_tokens or None, unit=" training tokens", unit_scale=True,
+              initial=total(sources, "train", "tokens"), disable=None) as bar:
+        for source, key, text, ids in interleave(sources, config, tokenizer):
             split = "val" if belongs_to_val(key, config.val_fraction) else "train"
-            done = source.done[split]
+            done, ids = source.done[split], [*ids, tokenizer.eot]
             if split == "val" and done["tokens"] >= config.val_tokens:
                 source.done["left_out"] += 1  # of train.bin too: val.bin may hold a copy of it
                 continue
-            (train if split == "train" else val[sources.index(source)]).write(ids.tobytes())
-            counts = dict(zip(COUNTS, (1, len(ids), len(text.encode())), strict=True))
-            for count in COUNTS:
-                done[count] += counts[count]
+            (train if split == "train" else val[sources.index(source)]).write(np.array(ids, "<u2").tobytes())
+            for count, more in zip(COUNTS, (1, len(ids), len(text.encode())), strict=True):
+                done[count] += more
             bar.update(len(ids) if split == "train" else 0)
             if time.time() >= saved + SAVE:
-                for file in (train, *val):
+                for file in files:
                     file.flush()
                     os.fsync(file.fileno())
                 save()
                 saved = time.time()
-    with open(partial / "val.bin", "wb") as joined:
-        for path in paths[1:]:
-            with open(path, "rb") as part:
-                shutil.copyfileobj(part, joined)
+    for file in files:
+        file.close()
+    (work / "val.bin").write_bytes(b"".join(path.read_bytes() for path in paths[1:]))
 
-def make_meta(partial, sources, tokenizer, asked):
-    """The content of meta.json. In `partial` there is one already, which describes the tokenizer."""
-    meta, sha256, of_sources, start = read_json(partial / "meta.json"), {}, [], 0
-    for name in ("train.bin", "val.bin"):
-        with open(partial / name, "rb") as file:
-            sha256[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    sha256 |= meta["sha256"]
-    for source in sources:
-        counts = {key: source.done[key] for key in ("train", "val", "left_out")}
-        end = start + counts["val"]["tokens"]
-        of_sources.append({"name": source.name, "weight": source.weight, **counts, "val_range": [start, end]})
-        start = end
+def make_meta(work, sources, tokenizer, asked):
+    """The content of meta.json. In `work` there is one already, which describes the tokenizer."""
+    meta = read_json(work / "meta.json")
+    sha256 = {name: hashlib.file_digest(open(work / name, "rb"), "sha256").hexdigest()
+              for name in ("train.bin", "val.bin", *meta["sha256"])}
+    ends = [0, *accumulate(source.done["val"]["tokens"] for source in sources)]
+    of_sources = [{"name": source.name, "weight": source.weight, **source.done, "val_range": list(val_range)}
+                  for source, val_range in zip(sources, pairwise(ends), strict=True)]
     splits = {split: {count: total(sources, split, count) for count in COUNTS} for split in ("train", "val")}
     return meta | {
         "name": asked["name"], "splits": splits, "sources": of_sources, "settings": asked["settings"],
@@ -278,116 +256,64 @@ def make_meta(partial, sources, tokenizer, asked):
         "versions": asked["versions"], "sha256": sha256,
         "corpus_hash": hashlib.sha256("".join(sha256.values()).encode()).hexdigest()[:12]}
 
-# --------------------------------------------------------------------------------------------------
-# Whole or not at all
-
-def describe(name, config, sources, tokenizer):
-    """The command and all that its bytes depend on, as plain values. tokenizer: None if it is to train."""
-    versions = {"python": platform.python_version()}
-    packages = [] if sources else config.packages.split(",")
-    for package in ("numpy", "tiktoken", "tokenizers", "rustbpe", "datasets", *packages):
-        with contextlib.suppress(PackageNotFoundError):  # stdlib is of Python's own version
-            versions[package] = version(package)
-    paths = [stream.name for source in sources for stream in source.streams if "data_files" in stream.options]
-    files = [[path, os.path.getsize(path), os.path.getmtime(path)] for path in paths]
-    content = tokenizer_files(tokenizer, config.tokenizer) if tokenizer else {}
-    own = {key: setting for key, setting in asdict(config).items() if key not in ("workers", "data_dir")}
-    return {"name": name, "versions": versions, "files": files, "settings": own,
-            "tokenizer": [hashlib.sha256(file).hexdigest() for file in content.values()]}
-
-def begin(partial, asked, config, sources, tokenizer):
-    """Continue what the same command left there, or clear it and begin. Returns the tokenizer."""
-    state = read_json(partial / "state.json") if (partial / "state.json").exists() else {}
-    if state.get("asked") == asked:  # what came after its last save is made again
-        for i, source in enumerate(sources):
-            source.done = state["done"][i]
-            os.truncate(partial / f"val.{i}.bin", 2 * source.done["val"]["tokens"])
-        os.truncate(partial / "train.bin", 2 * total(sources, "train", "tokens"))
-        return load_tokenizer(partial)
-    for file in partial.glob("[!.]*"):  # all but the lock
-        file.unlink()
-    for source in sources:
-        if not any(source.read()):
-            fail(f"there is no document with text in {source.name}")
-    tokenizer = tokenizer or train_tokenizer(sources, config.vocab_size, config.val_fraction)
-    content = tokenizer_files(tokenizer, config.tokenizer)
-    meta = {"sha256": {name: hashlib.sha256(file).hexdigest() for name, file in content.items()}}
-    if not isinstance(tokenizer, HubTokenizer):
-        meta |= {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens}
-    for name, file in {**content, "meta.json": json.dumps(meta)}.items():
-        write_atomic(partial / name, file)
-    return tokenizer
-
 def prepare(folder, asked, config, sources, tokenizer):
     """Make the files in folder/partial, move them to the folder, and return the content of meta.json."""
-    partial, state_file = folder / "partial", folder / "partial" / "state.json"
-    tokenizer = begin(partial, asked, config, sources, tokenizer)
-    state = {"asked": asked, "done": [source.done for source in sources]}
-    write_tokens(partial, sources, tokenizer, config, lambda: write_atomic(state_file, json.dumps(state)))
+    work, state_file = folder / "partial", folder / "partial" / "state.json"
+    state = read_json(state_file) if state_file.exists() else {}
+    if state.get("asked") != asked:
+        begin(work, config, sources, tokenizer)
+        state = {"asked": asked, "done": [source.done for source in sources]}
+    for source, done in zip(sources, state["done"], strict=True):
+        source.done = done  # the counts in `state` grow with the source's
+    tokenizer = load_tokenizer(work)
+    write_tokens(work, sources, tokenizer, config, lambda: write_atomic(state_file, json.dumps(state)))
     for split in ("train", "val"):
         if not total(sources, split, "documents"):
-            state_file.unlink(missing_ok=True)  # to continue would not help
             fail(f"no document fell to {split}: give more (a .txt file is one), or another --val_fraction")
-    meta = make_meta(partial, sources, tokenizer, asked)
-    write_atomic(partial / "meta.json", json.dumps(meta, indent=2) + "\n")
+    meta = make_meta(work, sources, tokenizer, asked)
+    write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
     state_file.unlink(missing_ok=True)
     for name in ("meta.json", "tokenizer.tiktoken", *HUB_FILES):  # now there is no corpus, old or new
         (folder / name).unlink(missing_ok=True)
     for name in (*meta["sha256"], "meta.json"):
-        os.replace(partial / name, folder / name)
+        os.replace(work / name, folder / name)
     return meta
 
-def report(meta, folder, seconds):
-    train, val = meta["splits"]["train"], meta["splits"]["val"]
+def report(meta, folder):
+    train, val = meta["splits"].values()
     documents, tokens, size = (train[count] + val[count] for count in COUNTS)
     for source in meta["sources"]:
-        print(f"{source['name']}: {source['train']['tokens'] / train['tokens']:.1%} of the training tokens; "
-              f"{source['left_out']:,} documents are in no file, for val.bin takes --val_tokens of it")
+        print(f"{source['name']}: {source['train']['tokens'] / train['tokens']:.1%} of the training tokens, "
+              f"{source['left_out']:,} documents left out (--val_tokens)")
     print(f"{folder}: {documents:,} documents, {size / 1e6:.1f} MB of text, {tokens:,} tokens of "
-          f"{size / tokens:.2f} bytes ({val['tokens']:,} for validation), corpus {meta['corpus_hash']}, "
-          f"{seconds:.0f} s\nnext: python train.py config/train_11m.py --dataset={folder.name} "
-          f"--data_dir={folder.parent}")
-
-def stop(number, frame):
-    print("\nstopped", file=sys.stderr)  # below the progress bar
-    sys.exit(128 + number)
+          f"{size / tokens:.2f} bytes ({val['tokens']:,} for validation), corpus {meta['corpus_hash']}\n"
+          f"next: python train.py config/train_11m.py --dataset={folder.name} --data_dir={folder.parent}")
 
 def main():
-    started = time.time()
     config, words = settings.load(Config, __doc__, RULES)
     if len(words) != 1 or not re.fullmatch(r"\w[\w.-]*", words[0]):
         fail("give one NAME for the corpus and its folder, of letters, digits, _ . - (see --help)")
     name, folder = words[0], Path(config.data_dir, words[0])
     if (name == "docstrings") == bool(config.source):
         fail("docstrings is made of installed packages, any other NAME of --source=PATHS")
-    on_signals(stop)
     os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # rustbpe's
-    if not any("hf:" in item for item in config.source):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # local files need no hub
-    if config.tokenizer:  # of a run the newest step's
-        config.tokenizer = str(max(Path(config.tokenizer).glob("step_*[0-9]"), default=config.tokenizer))
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
     sources = list(map(make_source, config.source, repeat(config.column), weights(config)))
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         fail(f"two sources have one name ({', '.join(names)}): name them, as in --source=danish=da.jsonl")
-    asked = describe(name, config, sources, tokenizer)
-    partial = folder / "partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    lock(partial)
+    asked, work = describe(name, config, sources), folder / "partial"
+    work.mkdir(parents=True, exist_ok=True)
+    lock(work)
     try:
         if name == "docstrings":
             documents = read_packages(config.packages.split(","), config.workers)
-            sources = [Source(name, [Listed(documents)])]
+            sources = [Source(name, [documents.__iter__])]
         meta = prepare(folder, asked, config, sources, tokenizer)
     finally:
-        if (partial / "state.json").exists():
-            print("the same command continues from here", file=sys.stderr)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-            with contextlib.suppress(OSError):  # goes only if it is empty
-                folder.rmdir()
-    report(meta, folder, time.time() - started)
+        if not (work / "state.json").exists():
+            shutil.rmtree(work, ignore_errors=True)
+    report(meta, folder)
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,9 @@
-"""Text in files and on the Hugging Face hub, and corpora: text as token ids, made by data/prepare.py.
-
-Preparation and evaluations read the same kinds of files by the same code.
-"""
+"""Text in files and on the Hugging Face hub, and corpora: text as token ids, made by data/prepare.py."""
 import contextlib
 import glob
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +15,7 @@ from plumbing.files import fail, read_json, reading, reason
 from plumbing.tokenizer import load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
-# Files
+# Text
 
 CSV = {"keep_default_na": False}  # a cell that says NA or null is text too
 READERS = {  # suffix of a file -> reader of the library `datasets`, and the reader's options
@@ -35,14 +33,9 @@ def suffix_of(path):
 
 def list_files(path):
     """The files of text that a file, a folder or a glob pattern means, sorted. A folder may hold others."""
-    matches = [Path(path)] if os.path.exists(path) else sorted(map(Path, glob.glob(path, recursive=True)))
-    files = []
-    for match in matches:
-        if match.is_dir():
-            inside = sorted(match.rglob("*"))
-            files += [file for file in inside if suffix_of(file) in READERS and file.is_file()]
-        elif suffix_of(match) in READERS:
-            files.append(match)
+    matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    inside = [sorted(Path(match).rglob("*")) or [Path(match)] for match in matches]  # a file has none inside
+    files = [file for files in inside for file in files if suffix_of(file) in READERS and file.is_file()]
     return files or fail(f"no file {path} ends in {' '.join(READERS)} (or these with .gz)")
 
 def text_files(path):
@@ -53,9 +46,8 @@ def text_files(path):
     named = {}
     for file in list_files(path):
         inside = file.relative_to(path) if os.path.isdir(path) else Path(file.name)
-        suffix = suffix_of(file)
-        stem = inside.name[: inside.name.lower().rindex(suffix)]
-        name = inside.parent if suffix == ".txt" else inside.parent / stem
+        stem = re.sub(r"\.\w+(\.gz)?$", "", str(inside), flags=re.IGNORECASE)
+        name = inside.parent if suffix_of(file) == ".txt" else Path(stem)
         named.setdefault(Path(path).resolve().name if name == Path() else str(name), []).append(str(file))
     return named
 
@@ -63,9 +55,6 @@ def file_options(path):
     """What datasets.load_dataset needs to read a file."""
     reader, options = READERS[suffix_of(Path(path))]
     return {"path": reader, "data_files": glob.escape(str(path)), "split": "train", **options}
-
-# --------------------------------------------------------------------------------------------------
-# Rows of files and of datasets
 
 @contextlib.contextmanager
 def datasets_library(name):
@@ -76,45 +65,30 @@ def datasets_library(name):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or reading a local file would go online to report it
     try:
         yield datasets
     except Exception as error:  # each reader has exceptions of its own
         offline = "; is this machine online?" if isinstance(error, ConnectionError) else ""
         fail(f"cannot read {name}: {reason(error)}{offline}")
 
-class Rows:
-    """Rows of a file or dataset, streamed, as tuples of columns. name: for messages; where: for datasets."""
-
-    def __init__(self, name, columns, *where, **options):
-        self.name, self.columns, self.where, self.options = name, columns, where, options
-        self.rows = None  # not open yet
-
-    def read(self, state=None):
-        """Yield rows, from the first or from where state() was. An empty .json file has none."""
-        with (datasets_library(self.name) as datasets,
-              TemporaryDirectory() as cache,  # local files leave lock files in it, and nothing else
-              contextlib.suppress(StopIteration)):  # what datasets raises for an empty .json file
-            self.rows = datasets.load_dataset(*self.where, streaming=True, cache_dir=cache, **self.options)
-            if state:
-                self.rows.load_state_dict(state)
-            for row in self.rows:
-                for column in self.columns:
-                    if column not in row:
-                        fail(f"{self.name} has no column {column!r}, but {', '.join(row)} (see --help)")
-                yield tuple(row[column] for column in self.columns)
-
-    def state(self):
-        """Where the stream is, as plain values for JSON."""
-        return self.rows.state_dict() if self.rows else None
+def stream(name, columns, *where, **options):
+    """Yield rows of a file or dataset as tuples of columns. name: for messages; the rest: for `datasets`."""
+    with (datasets_library(name) as datasets,
+          TemporaryDirectory() as cache,  # local files leave lock files in it, and nothing else
+          contextlib.suppress(StopIteration)):  # what datasets raises for an empty .json file
+        for row in datasets.load_dataset(*where, streaming=True, cache_dir=cache, **options):
+            if missing := [column for column in columns if column not in row]:
+                fail(f"{name} has no column {missing[0]!r}, but {', '.join(row)} (see --help)")
+            yield tuple(row[column] for column in columns)
 
 def read_columns(name, columns, *where, **options):
     """All rows of a dataset: a list of tuples of the wanted columns."""
-    rows = Rows(name, columns, *where, **options)
-    return list(tqdm(rows.read(), f"reading {name}", unit=" rows", disable=None))
+    rows = stream(name, columns, *where, **options)
+    return list(tqdm(rows, f"reading {name}", unit=" rows", disable=None))
 
 def read_files(paths, columns):
     """All rows of some files: a list of tuples of the wanted columns. The column of a .txt file is `text`."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported: local files need no hub
     return [row for path in paths for row in read_columns(path, columns, **file_options(path))]
 
 # --------------------------------------------------------------------------------------------------
@@ -124,7 +98,6 @@ def read_files(paths, columns):
 class Corpus:
     """A prepared corpus. train and val are flat arrays of token ids on disk; each document ends with eot."""
 
-    name: str
     train: np.ndarray  # (tokens,) uint16, memory-mapped
     val: np.ndarray  # (tokens,) uint16, memory-mapped
     tokenizer: object  # see plumbing/tokenizer.py
@@ -155,5 +128,5 @@ def load_corpus(folder):
                     raise ValueError(f"{split}.bin has ids that the tokenizer does not have")
         sources = {source["name"]: tuple(source["val_range"]) for source in meta["sources"]}
         per_byte = meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"]
-        return Corpus(meta["name"], train, val, tokenizer, tokenizer.eot, tokenizer.mask, meta["vocab_size"],
+        return Corpus(train, val, tokenizer, tokenizer.eot, tokenizer.mask, meta["vocab_size"],
                       tokenizer.token_bytes, meta["corpus_hash"], sources, per_byte)

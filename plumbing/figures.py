@@ -6,32 +6,29 @@ from collections import namedtuple
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure  # without pyplot: no screen is needed, and no state is kept
 from matplotlib.lines import Line2D
 
 from plumbing.files import write_atomic
 
 # The name of a run is no formula, even with a $ in it; and an axis says 0.9999, not 0.9e-3 above 0.999.
+# Okabe and Ito's colours are for all eyes; "C0" is the first of them, and after the last they begin again.
 matplotlib.rcParams.update({
+    "axes.prop_cycle": matplotlib.cycler(color="#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 k".split()),
     "text.parse_math": False, "axes.formatter.useoffset": False, "figure.constrained_layout.use": True,
     "axes.titlesize": "medium", "legend.fontsize": "small", "legend.frameon": False, "grid.alpha": 0.3})
-COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000".split()  # Okabe and Ito's: for all eyes
 AXES = {"step": "optimizer step", "lm_tokens": "language-model tokens",
         "flops": "training FLOPs", "seconds": "training time (s)"}
 EACH_STEP = [  # what is drawn of a run's steps: panel, kind, key, colour, label, steps in a running mean
     ("val_loss", "lm", "lm_loss", "0.8", "training, each step", 1),
-    ("heldout_query_acc", "meta", "query_acc", "#e69f00", "training words, after (mean of 25 steps)", 25),
+    ("heldout_query_acc", "meta", "query_acc", "C4", "training words, after (mean of 25 steps)", 25),
     ("heldout_query_acc", "meta", "query_acc_before", "0.6", "training words, before (mean of 25 steps)", 25)]
-
-# Runs that differ in nothing but their seed, drawn as one curve: the log of each, and train.py's settings.
-Arm = namedtuple("Arm", "label runs settings")
+Arm = namedtuple("Arm", "label runs settings")  # runs: logs that differ in the seed alone, for one curve
 
 def save(figure, path):
     """Write a figure as a PNG file, large enough for long names."""
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
-
-# --------------------------------------------------------------------------------------------------
-# Curves over training
 
 def curve(log, key, x="step", kind="eval"):
     """{step: (place on the axis x, number)} of the lines of a kind that have `key`."""
@@ -53,19 +50,18 @@ def phase(arms, x, change_point=None):
     change_point(log, key, warmup_steps) gives a drop to be marked, {"at": step, "size": share}, or None.
     """
     logs, settings = [log for arm in arms for log in arm.runs], arms[0].settings
-    last = settings["n_layers"] - 1
+    last, found = settings["n_layers"] - 1, {key for log in logs for line in log for key in line}
     blocks = {last: "last block", last // 2: f"block {last // 2}"}
-    sources = sorted({key for log in logs for line in log for key in line if key.startswith("val_loss/")})
+    sources = {key: key[9:] for key in sorted(found) if key.startswith("val_loss/")}
     panels = {  # label: {key in a log: its label in the legend}
         "PER of weights": {"per/weights/down": "MLP down", "per/weights/ov": "OV circuits"},
         "PER of activations\n(after a block)": {f"per/activations/{i}": block for i, block in blocks.items()},
         "attention entropy\n(share of uniform)": {f"entropy/{i}": block for i, block in blocks.items()},
-        "LM loss\n(nats per token)": {"val_loss": "validation", **{key: key[9:] for key in sources}},
+        "LM loss\n(nats per token)": {"val_loss": "validation", **sources},
         "bits per byte\nof other texts": {"bits_per_byte/all": "all domains (eval_lm.py --step=all)"},
         "query accuracy\n({n_way}-way, {k_shot}-shot)".format_map(settings): {
             "heldout_query_acc": "held-out words, after adaptation", "heldout_query_acc_before": "before"}}
-    panels = {label: keys for label, keys in panels.items()
-              if any(curve(log, key) for log in logs for key in keys)}
+    panels = {label: keys for label, keys in panels.items() if found.intersection(keys)}
     figure = Figure((9, 0.8 + (2.1 if len(panels) > 3 else 3) * len(panels)))
     axes = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
     for ax, (label, keys) in zip(axes, panels.items(), strict=True):
@@ -79,7 +75,7 @@ def phase(arms, x, change_point=None):
     if len(arms) == 1:
         figure.suptitle(names[0], size="medium")
     else:
-        handles = [Line2D([], [], color=COLORS[i % len(COLORS)]) for i in range(len(arms))]
+        handles = [Line2D([], [], color=f"C{i}") for i in range(len(arms))]
         figure.legend(handles, names, loc="outside upper center", fontsize="medium")
     return figure
 
@@ -87,27 +83,23 @@ def draw_panel(ax, arms, keys, x, change_point):
     """The curves of all arms. Arms differ in colour, keys in dashes; the keys of a single arm in both."""
     single = len(arms) == 1
     for panel, kind, key, color, label, n in EACH_STEP if single and len(arms[0].runs) == 1 else []:
-        points = curve(arms[0].runs[0], key, x, kind)
-        if points and panel in keys:
+        if panel in keys and (points := curve(arms[0].runs[0], key, x, kind)):
             places, numbers = zip(*points.values(), strict=True)
-            sums = np.convolve(numbers, np.ones(n))[: len(numbers)]
-            mean = sums / np.arange(1, len(numbers) + 1).clip(max=n)
+            mean = pd.Series(numbers).rolling(n, min_periods=1).mean()
             ax.plot(places, mean, color=color, linewidth=0.8, label=label)
     for i, arm in enumerate(arms):
         for j, (key, label) in enumerate(keys.items()):
-            color, dashes = COLORS[(j if single else i) % len(COLORS)], ["-", "--", ":", "-."][j % 4]
-            draw_arm(ax, arm, key, x, change_point, color=color, linestyle=dashes, label=label)
+            draw_arm(ax, arm, key, x, change_point, color=f"C{j if single else i}",
+                     linestyle=["-", "--", ":", "-."][j % 4], label=label if i == 0 else None)
         ax.axvline(place(arm.runs[0], arm.settings["warmup_steps"], x), color="0.6", linestyle=":")
         for line in [line for log in arm.runs for line in log if line["kind"] == "collapse"]:
-            ax.axvline(line[x], color=COLORS[i % len(COLORS)], linewidth=1)
+            ax.axvline(line[x], color=f"C{i}", linewidth=1)
     if "heldout_query_acc" in keys:
-        n_way = arms[0].settings["n_way"]
-        ax.axhline(1 / n_way, color="black", linewidth=0.8, linestyle="--", label=f"chance, 1/{n_way}")
+        chance = 1 / arms[0].settings["n_way"]
+        ax.axhline(chance, color="black", linewidth=0.8, linestyle="--", label=f"chance, 1/{1 / chance:.0f}")
         ax.set_ylim(0)
     ax.grid()
-    handles, labels = ax.get_legend_handles_labels()
-    handle_of = dict(zip(labels, handles, strict=True))  # arms have the same labels
-    for handle in ax.legend(handle_of.values(), handle_of).legend_handles:
+    for handle in ax.legend().legend_handles:
         handle.set_color(handle.get_color() if single else "0.2")
 
 def draw_arm(ax, arm, key, x, change_point, color, **style):
@@ -116,15 +108,13 @@ def draw_arm(ax, arm, key, x, change_point, color, **style):
     steps = sorted(set.intersection(*map(set, runs)))
     points = np.array([[run[step] for step in steps] for run in runs]).reshape(len(runs), len(steps), 2)
     places, mean = points.mean(0).T
-    low, high = points[..., 1].min(0), points[..., 1].max(0)
-    error = np.array([number for _, number in curve(arm.runs[0], f"{key}_se").values()])
-    if len(runs) == 1 and len(error) == len(mean):
-        low, high = mean - error, mean + error
+    errors = curve(arm.runs[0], f"{key}_se") if len(runs) == 1 else {}
+    error = np.array([errors.get(step, (0, 0))[1] for step in steps])
     ax.plot(places, mean, color=color, marker="o", markersize=2.5 if len(steps) < 40 else 0, **style)
-    ax.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
+    ax.fill_between(places, points[..., 1].min(0) - error, points[..., 1].max(0) + error, color=color,
+                    alpha=0.18, linewidth=0)
     for log, run in zip(arm.runs, runs, strict=True) if change_point and key.startswith("per/") else []:
-        drop = change_point(log, key, arm.settings["warmup_steps"])
-        if drop:
+        if drop := change_point(log, key, arm.settings["warmup_steps"]):
             ax.annotate(f"drop of {drop['size']:.0%}", run[drop["at"]], (9, 9), textcoords="offset points",
                         size=8, arrowprops={"arrowstyle": "-|>", "color": color})
 
@@ -144,24 +134,18 @@ def heat_maps(arms, x):
                                  vmin=min(numbers, default=0), vmax=max(numbers, default=1))
             ax.axvline(place(arm.runs[0], arm.settings["warmup_steps"], x), color="white", linestyle=":")
             ax.locator_params(nbins=5, integer=True)
+            ax.set(title=arm.label if ax in axes[0] else "", xlabel=AXES[x] if ax in axes[1] else "")
         row[0].set_ylabel("layer")
         figure.colorbar(mesh, ax=row.tolist(), label=label)
-    for i, arm in enumerate(arms):
-        axes[0, i].set_title(arm.label)
-        axes[1, i].set_xlabel(AXES[x])
     return figure
-
-# --------------------------------------------------------------------------------------------------
-# Evaluations
 
 def few_shot(results, readers):
     """Accuracy over K, a panel for each task, of fewshot.json. readers: the models, random weights first."""
     dashes = {"logistic": "--", "prototype": ":", "bigram prototypes": "-."}  # else a solid line
-    colors = dict(zip(readers, ["0.6", *COLORS * len(readers)], strict=False)) | {"": "black"}
-    tasks = results["tasks"]
-    figure = Figure((max(7, 1 + 3 * len(tasks)), 4.5))
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for ax, (task, of_task) in zip(axes, tasks.items(), strict=True):
+    colors = {reader: f"C{i - 1}" if i else "0.6" for i, reader in enumerate(readers)} | {"": "black"}
+    figure = Figure((max(7, 1 + 3 * len(results["tasks"])), 4.5))
+    axes = figure.subplots(1, len(results["tasks"]), squeeze=False)[0]
+    for ax, (task, of_task) in zip(axes, results["tasks"].items(), strict=True):
         shots = {int(k): rows for k, rows in of_task["shots"].items()}
         for row in shots[min(shots)]:
             reader, _, classifier = row.rpartition(", ")  # a baseline has no reader
@@ -179,37 +163,36 @@ def few_shot(results, readers):
 
 def lm_bars(results):
     """Bits per byte at the last step, domain by domain. results: {model: what its eval_lm.json holds}."""
-    last = {model: list(of_model["steps"].items())[-1] for model, of_model in results.items()}
-    domains = list(last[next(iter(last))][1])
-    figure = Figure((8, 1.2 + len(domains) * (0.16 + 0.14 * len(last))))
-    ax, height = figure.subplots(), 0.8 / len(last)  # of a bar, in rows of the chart
-    for i, (model, (step, of_domain)) in enumerate(last.items()):
-        bits = np.array([of_domain[domain]["bits_per_byte"] for domain in domains])
-        ends = [of_domain[domain].get("bits_per_byte_interval", [np.nan, np.nan]) for domain in domains]
-        rows = np.arange(len(domains)) + (i - (len(last) - 1) / 2) * height
-        ax.barh(rows, bits, 0.9 * height, xerr=np.abs(np.transpose(ends) - bits),
-                color=COLORS[i % len(COLORS)], label=f"{model}, step {step}")
-    ax.set(yticks=range(len(domains)), yticklabels=domains, xlabel="bits per byte (bars: 95% over documents)")
+    figure, height = Figure(), 0.8 / len(results)  # of a bar, in rows of the chart
+    ax = figure.subplots()
+    for i, (model, of_model) in enumerate(results.items()):
+        step, domains = list(of_model["steps"].items())[-1]
+        bits = np.array([numbers["bits_per_byte"] for numbers in domains.values()])
+        ends = [numbers.get("bits_per_byte_interval", [np.nan, np.nan]) for numbers in domains.values()]
+        rows = np.arange(len(bits)) + (i - (len(results) - 1) / 2) * height
+        error = np.abs(np.transpose(ends) - bits)
+        ax.barh(rows, bits, 0.9 * height, xerr=error, label=f"{model}, step {step}")
+    ax.set(yticks=range(len(bits)), yticklabels=domains, xlabel="bits per byte (bars: 95% over documents)")
     ax.invert_yaxis()
     ax.grid(axis="x")
+    figure.set_size_inches(8, 1.2 + len(bits) * (0.16 + 0.14 * len(results)))
     figure.legend(loc="outside upper center")
     return figure
 
 def ner_heat_map(rows, title):
     """Strict F1, systems down, test sets across. rows: the table of ner_*.json."""
-    rows = [row for row in rows if "p" not in row and row["system"] != "all O"]  # differences have a p
-    cells = {(f"{row['system']}, {row['mode']}", row["set"]): 100 * row["f1"] for row in rows}
-    systems, sets = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
-    f1 = np.array([[cells[system, test_set] for test_set in sets] for system in systems])
-    figure = Figure((3 + 0.08 * max(map(len, systems)) + 0.6 * len(sets), 2.5 + 0.4 * len(systems)))
+    frame = pd.DataFrame([row for row in rows if "p" not in row and row["system"] != "all O"])
+    frame["name"], few = frame["system"] + ", " + frame["mode"], frame["entities"] < 200
+    f1 = 100 * frame.assign(set=frame["set"] + few.map({True: " *", False: ""})).pivot_table(
+        "f1", "name", "set", sort=False)
+    figure = Figure((3 + 0.08 * f1.index.str.len().max() + 0.6 * len(f1.columns), 2.5 + 0.4 * len(f1)))
     ax = figure.subplots()
-    image = ax.imshow(f1, vmin=0, vmax=max(f1.max(), 1), aspect="auto")
-    small = {row["set"] for row in rows if row["entities"] < 200}
-    ax.set_xticks(range(len(sets)), [name + " *" * (name in small) for name in sets], rotation=45, ha="right")
-    ax.set_yticks(range(len(systems)), systems)
+    image = ax.imshow(f1, vmin=0, vmax=max(f1.values.max(), 1), aspect="auto")
+    ax.set_xticks(range(len(f1.columns)), f1.columns, rotation=45, ha="right")
+    ax.set_yticks(range(len(f1)), f1.index)
     for (y, x), percent in np.ndenumerate(f1):
-        color = "black" if percent > 0.6 * f1.max() else "white"
+        color = "black" if percent > 0.6 * image.norm.vmax else "white"
         ax.text(x, y, f"{percent:.1f}", ha="center", va="center", fontsize=8, color=color)
-    ax.set_title(title + "   (* fewer than 200 entities)" * bool(small))
+    ax.set_title(title + "   (* fewer than 200 entities)")
     figure.colorbar(image, label="strict F1, %")
     return figure

@@ -1,21 +1,24 @@
 """Text to token ids and back: tiktoken for our own vocabularies, the library `tokenizers` for all others.
 
-Both classes have the same few methods, so that no script needs to know which it has: n_vocab, eot (the id
+Both classes have the same few members, so that no script needs to know which it has: n_vocab, eot (the id
 before a text), mask (an id that no text has, or None), token_bytes (id -> bytes, empty for special tokens),
-encode_ordinary(text), encode_ordinary_batch(texts), decode(ids).
+files ({name: content}, for a copy), encode_ordinary(text), encode_ordinary_batch(texts), decode(ids).
 """
 import base64
 import hashlib
 import json
-import os
 import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import tiktoken
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from plumbing.files import read_json, reading
 
 EOT, MASK = "<|endoftext|>", "<|mask|>"
+HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
 LONG_SPACE = re.compile(r"(\s{10000})")  # a million spaces overflow the stack of the regex engines: cut them
 
 class Tokenizer:
@@ -27,15 +30,16 @@ class Tokenizer:
                                           special_tokens=special_tokens)
         self.eot, self.mask = special_tokens[EOT], special_tokens[MASK]
         self.n_vocab = len(ranks) + len(special_tokens)
-        self.token_bytes = [b""] * self.n_vocab
-        for token, rank in ranks.items():
-            self.token_bytes[rank] = token
+        self.token_bytes = [*sorted(ranks, key=ranks.get), *[b""] * len(special_tokens)]
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
+        self.files = {"tokenizer.tiktoken": b"".join(lines)}
 
     def encode_ordinary(self, text):
         return [i for piece in LONG_SPACE.split(text) for i in self.tiktoken.encode_ordinary(piece)]
 
-    def encode_ordinary_batch(self, texts):
-        return [self.encode_ordinary(text) for text in texts]
+    def encode_ordinary_batch(self, texts, threads=1):
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode_ordinary, texts))
 
     def decode(self, ids):
         return self.tiktoken.decode([i for i in ids if i < self.n_vocab])  # others only pad the vocabulary
@@ -44,23 +48,23 @@ class HubTokenizer(Tokenizer):
     """The tokenizer.json in a folder, as Hugging Face's library reads it."""
 
     def __init__(self, folder):
-        with open(os.path.join(folder, "tokenizer.json"), encoding="utf8") as file:
-            self.json = file.read()
+        paths = [path for name in HUB_FILES if (path := Path(folder, name)).exists()]
+        self.files = {path.name: path.read_bytes() for path in paths}
+        self.json = self.files["tokenizer.json"].decode()
         self.library = tokenizers.Tokenizer.from_str(self.json)
         self.library.encode_special_tokens = True  # written out in a text they are ordinary characters
         self.library.no_padding()
         self.library.no_truncation()
-        tokens, added = self.library.get_vocab(), self.library.get_added_tokens_decoder()
+        tokens = self.library.get_vocab()
         self.n_vocab = max(tokens.values()) + 1
         if self.n_vocab > len(self.json):  # a list of that length would take more memory than the file
             raise ValueError(f"its ids go up to {self.n_vocab - 1:,}, but it is too short for so many")
         self.token_bytes = [b""] * self.n_vocab
         for token, i in tokens.items():
-            if i not in added:
-                self.token_bytes[i] = bytes_of(token, '"ByteLevel"' in self.json)
-            elif not added[i].special:
-                self.token_bytes[i] = token.encode()
-        self.eot_text = text_token(folder, tokens)
+            self.token_bytes[i] = bytes_of(token, '"ByteLevel"' in self.json)
+        for i, token in self.library.get_added_tokens_decoder().items():
+            self.token_bytes[i] = b"" if token.special else token.content.encode()
+        self.eot_text = text_token(self.files, tokens)
         self.eot = tokens[self.eot_text]
         masks = [tokens[name] for name in (MASK, "<mask>", "[MASK]") if name in tokens]
         masks += [i for i, token in enumerate(self.token_bytes) if token == b"\xff"]  # a byte of no text
@@ -75,47 +79,34 @@ class HubTokenizer(Tokenizer):
 
 def load_tokenizer(folder):
     """The tokenizer in a folder: a tokenizer.json, or a corpus's tokenizer.tiktoken with meta.json."""
-    path = os.path.join(folder, "tokenizer.json")
-    if os.path.exists(path):
+    path = Path(folder, "tokenizer.json")
+    if path.exists():
         with reading(path, "copy or download it again"):
             return HubTokenizer(folder)
-    path, meta = os.path.join(folder, "tokenizer.tiktoken"), read_json(os.path.join(folder, "meta.json"))
+    path, meta = Path(folder, "tokenizer.tiktoken"), read_json(Path(folder, "meta.json"))
     with reading(path, "prepare the corpus again with data/prepare.py"):
-        content = open(path, "rb").read()
+        content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != meta["sha256"]["tokenizer.tiktoken"]:
             raise ValueError("it does not match the sha256 in meta.json")
-        pairs = [line.split() for line in content.splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        ids = [*ranks.values(), *meta["special_tokens"].values()]
-        if sorted(ids) != list(range(len(ids))):
-            raise ValueError("its ids are not 0, 1, 2, ...")
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
         return Tokenizer(ranks, meta["pattern"], meta["special_tokens"])
 
-def ranks_file(ranks):
-    """The content of tokenizer.tiktoken."""
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-
-def text_token(folder, tokens):
+def text_token(files, tokens):
     """The token that stands before a text: the one that begins texts or, where none does, ends them."""
-    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-        path = os.path.join(folder, name)
-        settings = read_json(path) if os.path.exists(path) else {}
+    for name in HUB_FILES[1:]:
+        settings = json.loads(files.get(name, b"{}"))
         for kind in ("bos_token", "eos_token"):
-            token, number = settings.get(kind), settings.get(f"{kind}_id")
-            token = token.get("content") if isinstance(token, dict) else token
-            number = number[0] if isinstance(number, list) and number else number
-            matching = [text for text, i in tokens.items() if text == token or i == number]
-            if matching:
-                return matching[0]
+            named = settings.get(kind) or settings.get(f"{kind}_id")
+            named = named.get("content") if isinstance(named, dict) else named
+            named = named[0] if isinstance(named, list) else named
+            for token, i in tokens.items():
+                if named in (token, i):
+                    return token
     raise ValueError("no tokenizer_config.json or config.json beside it names a bos_token or eos_token")
 
-# --------------------------------------------------------------------------------------------------
-# Hugging Face's dialect
-
-PRINTABLE = [*range(ord("!"), 127), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
-LETTERS = {byte: chr(byte) for byte in PRINTABLE}  # for bytes in tokenizer.json, as GPT-2 chose them
-LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
-BYTE_OF = {letter: byte for byte, letter in LETTERS.items()}
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # for bytes in tokenizer.json, as GPT-2 chose them
+BYTES = sorted(range(256), key=lambda byte: (chr(byte) not in LETTERS, byte))  # of these letters, in order
+BYTE_OF, LETTER_OF = dict(zip(LETTERS, BYTES, strict=True)), dict(zip(BYTES, LETTERS, strict=True))
 
 def bytes_of(token, byte_level):
     """The bytes of a token in tokenizer.json, in GPT-2's letters or with SentencePiece's ▁ and <0x0A>."""
@@ -126,42 +117,34 @@ def bytes_of(token, byte_level):
     return token.replace("▁", " ").encode("utf8", "replace")
 
 def tokenizer_json(tokenizer):
-    """A byte-level byte-pair encoder with the ids of our Tokenizer, as a dict for tokenizer.json.
+    """The text of a tokenizer.json with the ids of our Tokenizer: a byte-level byte-pair encoder.
 
     tiktoken joins whichever two neighbours make the token of the lowest rank, and takes a piece that is a
     token whole. So each way to cut a token into two tokens is a merge, in order of rank, with ignore_merges.
     """
-    ranks, specials, merges = tokenizer.ranks, tokenizer.special_tokens, []
-    written = {token: "".join(LETTERS[byte] for byte in token) for token in ranks}
+    ranks, merges = tokenizer.ranks, []
+    written = {i: "".join(LETTER_OF[byte] for byte in token) for token, i in ranks.items()}
     for token in sorted(ranks, key=ranks.get):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        cuts = [(left, right) for left, right in cuts if left in ranks and right in ranks]
-        cuts.sort(key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
-        merges += [[written[left], written[right]] for left, right in cuts]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    regex = {"Regex": tokenizer.pattern}
-    split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    vocabulary = {written[token]: i for token, i in ranks.items()} | specials
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": text, **special} for text, i in specials.items()],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": True, "vocab": vocabulary, "merges": merges},
-    }
+        cuts = [(ranks[left], ranks[right]) for left, right in cuts if left in ranks and right in ranks]
+        merges += [(written[left], written[right]) for left, right in sorted(cuts)]
+    vocabulary = {text: i for i, text in written.items()} | tokenizer.special_tokens
+    library = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    library.add_special_tokens(list(tokenizer.special_tokens))
+    library.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(tokenizer.pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)])
+    library.decoder = decoders.ByteLevel()
+    return library.to_str()
 
 def hf_files(tokenizer, block_size):
-    """{name: text} of the files that make a folder's tokenizer one for transformers.
-
-    Padding is on the left, so that a batch of texts of different lengths is continued as each alone would be.
-    """
+    """{name: text} of the files that make a folder's tokenizer one for transformers. It pads on the left, so
+    that a batch of texts of different lengths is continued as each alone would be."""
     theirs = isinstance(tokenizer, HubTokenizer)
     eot = tokenizer.eot_text if theirs else EOT
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
                 "pad_token": eot, "padding_side": "left", "model_max_length": block_size,
                 "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}
     settings |= {} if theirs else {"mask_token": MASK}
-    content = tokenizer.json if theirs else json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
+    content = tokenizer.json if theirs else tokenizer_json(tokenizer)
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=2)}

@@ -23,32 +23,29 @@ N, K, Q, LENGTH, LR, SEED, DRAWS = 6, 3, 2, 20, 4.0, 3, 8
 SHAPE = dict(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=24, block_size=16)
 BASE = SHAPE | dict(
     batch_size=4, max_steps=20, lr=0.01, warmup_steps=5, meta_ratio=0.5, n_way=N, k_shot=K, q_query=Q,
-    episode_len=LENGTH, inner_lr=LR, inner_steps=3, eval_steps=2, eval_interval=10, ckpt_interval=10,
+    episode_len=LENGTH, inner_lr=LR, inner_steps=3, eval_steps=2, eval_interval=20, ckpt_interval=10,
     log_interval=1000, compile=False, dtype="float32", device="cpu")
 RUNS = {"maml": {}, "deep": {"head_layers": 3, "head_hidden": 8, "d_model": 32}, "mask": {"readout": "mask"}}
 SOME = f"--step=10 --n_episodes={DRAWS} --seed={SEED}"
 COLUMNS = "--text_column=a --label_column=b"
 CASES = {  # {runs} has copies of the runs
-    "training": "{runs}/maml {runs}/deep --shots=3",
+    "training": "{runs}/maml --shots=3",
     "words": f"{{runs}}/maml --shots=3,1,1 {SOME}",
-    "sentences": f"{{runs}}/maml {{runs}}/deep --shots=4,1 --data={{here}}/data {SOME}",
+    "sentences": f"{{runs}}/maml {{runs}}/deep --shots=4,1 --data={{here}}/data --corpus=none {SOME}",
     "mask": f"{{runs}}/mask --shots=4 --data={{here}}/data --corpus={{here}}/none {SOME}",
     "hub": f"{{runs}}/maml --shots=1,60 --data=hf:{{here}}/hub --split=validation {SOME} {COLUMNS}",
 }
 MISTAKES = {  # of {runs}/maml, and what the one line says
     "shots": ("--shots=1,0", "shots = 1,0"),
     "no corpus": ("--corpus=none", "there is no corpus none; name one with --corpus="),
-    "secret labels": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS}", "only in test are -1, 0, 1;"),
+    "secret labels": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS}", "different classes"),
     "numbers": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS} --text_column=b", "not every row has a text"),
-    "few examples": ("--data={here}/data --shots=99", "lower --shots"),
+    "few examples": ("--data={here}/data --shots=99", "larger sample than population"),
     "no test": ("--data={here}/hub", "it lacks '<task>_train'; a task is two files"),
 }
 
-# ----------------------------------------------------------------------------------------------------
-# Runs, and sentences: which module of the standard library is it from?
-
 def sentences(*modules):
-    """Two lists of (text, label): documentation of some modules, in a fixed order."""
+    """Two lists of (text, label): which module of the standard library is the documentation from?"""
     rows = []
     for i, name in enumerate(modules):
         members = [member for _, member in inspect.getmembers(importlib.import_module(name))]
@@ -141,8 +138,8 @@ def check(cell, accuracies, tolerance=0.015):  # a few answers turn on a roundin
 
 def check_rows(rows, prefix, draws):
     """Rows of a table against the accuracies (E, 3) of the classifiers in E draws."""
-    for i, classifier in enumerate(("adapt", "logistic", "prototype")):
-        check(rows[f"{prefix}, {classifier}"], np.array(draws)[:, i])
+    for classifier, accuracies in zip(("adapt", "logistic", "prototype"), np.transpose(draws), strict=True):
+        check(rows[f"{prefix}, {classifier}"], accuracies)
 
 def episodes(corpus, k, task):
     sampler = smlmt.Sampler(np.array(corpus.val), corpus.token_bytes, eot=corpus.eot, mask=corpus.mask,
@@ -214,15 +211,11 @@ def test_sentences(here, results, task):
     share = test.count(Counter(train).most_common(1)[0][0]) / len(test)
     assert rows["majority class"] == {"mean": pytest.approx(share), "ci95": 0}
 
-# ----------------------------------------------------------------------------------------------------
-# Commands
-
-@pytest.mark.parametrize("run", ["maml", "deep"])
-def test_words_as_training_evaluates_them(here, results, run):
+def test_words_as_training_evaluates_them(here, results):
     """Seed 0 and 64 episodes are those of the evaluation at the end of training."""
-    line = log_of(here / "runs" / run, "eval")[-1]
+    line = log_of(here / "runs/maml", "eval")[-1]
     for task, key in (("held-out words", "heldout_query_acc"), ("seen words", "val_query_acc")):
-        cell = results[1]["training"][task]["shots"]["3"][f"{here}/training/{run}, step 20, adapt"]
+        cell = results[1]["training"][task]["shots"]["3"][f"{here}/training/maml, step 20, adapt"]
         expected = line[key], 1.96 * line[f"{key}_se"]
         assert (cell["mean"], cell["ci95"]) == pytest.approx(expected, abs=2.2 / (64 * N * Q))  # two answers
 

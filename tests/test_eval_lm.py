@@ -16,7 +16,7 @@ PROSE = [LONG * 6, "A short one.", LONG[:40], "Write the bytes to the file and r
 ODD = ["", "a", None, "漢字と👩‍👩‍👧 \x00\x7f\u0301 Ωß", "<|endoftext|> is text here, <|mask|> too", "\n\n\n"]
 MANY = [LONG[i : i + 9 + 5 * (i % 7)] for i in range(40)]
 TEXTS = {"data/prose.jsonl.gz": PROSE, "data/odd.jsonl": ODD, "pieces/text.jsonl": MANY,
-         "named/all.jsonl": "a", "named/few.jsonl": "a", "numbers/text.jsonl": [1, 2]}
+         "numbers/text.jsonl": [1, 2]}
 HUB = {"one": {"validation": PROSE, "test": ["a test"]}, "two": {"test": ["b test"]}}
 CASES = {  # {runs} has two copies of the tiny run, of which `early` ends at step 40
     "two": "{runs}/run {runs}/early --data={here}/data --context=12 --stride=5",
@@ -31,7 +31,6 @@ MISTAKES = {  # and what the one line says
     "no data": ("{runs}/run", "data = : data must name"),
     "bad step": ("{runs}/run --step=last --data={here}/data", "step = last"),
     "long stride": ("{runs}/run --data={here}/data --context=12 --stride=13", "stride = 13, context = 12"),
-    "named all": ("{runs}/run --data={here}/named", "a domain is named all"),
     "numbers": ("{runs}/run --data={here}/numbers", "holds no text in its column text"),
 }
 
