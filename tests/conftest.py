@@ -1,4 +1,6 @@
 """What the tests share: a corpus, a tiny run, ways to run scripts. No network, GPU or compiler is needed."""
+import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -27,9 +29,9 @@ TINY = """--d_model=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --d_ff=64 --block
     --max_steps=160 --warmup_steps=20 --eval_interval=40 --eval_steps=4 --ckpt_interval=40 --compile=False
     --dtype=float32 --grad_clip=0.7 --meta_ratio=0""".split()
 
-# Where run_many's processes are forked from: importing torch and pyplot takes longer than most of the runs.
+# Where scripts' processes are forked from: importing these takes longer than most of the runs.
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot"])
+forks.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "datasets", "sklearn.linear_model"])
 
 def run_script(*words, expect=0, cwd=ROOT):
     """Run `python words...`, which must end with exit code `expect` and no traceback."""
@@ -38,39 +40,73 @@ def run_script(*words, expect=0, cwd=ROOT):
     assert done.returncode == expect and "Traceback" not in done.stderr, (done.returncode, done.stderr)
     return done
 
-def run_many(script, cases):
-    """Run a script for each list of words, in one process: objects with returncode, stdout, stderr."""
-    with ProcessPoolExecutor(1, forks) as pool:
-        cases = [list(map(str, words)) for words in cases]
-        return pool.submit(run_cases, str(script), cases, dict(os.environ)).result()
-
-def run_cases(script, cases, environment):
-    signal.alarm(300)  # a case that hangs ends the process
-    os.chdir(ROOT)
+def execute(script, words, cwd, environment):
+    """What `python script words...` does, in this process, which a hang ends; the exit code."""
+    signal.alarm(300)
+    gc.freeze()  # what was imported before the fork need not be looked through again and again
+    multiprocessing.set_start_method(None, force=True)  # a script's own processes start as always
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    sys.argv, script = [script, *words], str(ROOT / script)
+    sys.path.insert(0, os.path.dirname(script))
+    try:
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    return code
+
+def run_many(script, cases, report=True, cwd=ROOT):
+    """Run a script for each list of words, in one process: objects with returncode, stdout, stderr.
+
+    report=False is for train.py without its sample and its figure, which take longer than some runs.
+    """
+    with ProcessPoolExecutor(1, forks) as pool:
+        cases = [list(map(str, words)) for words in cases]
+        return pool.submit(run_cases, script, cases, report, cwd, dict(os.environ)).result()
+
+def run_cases(script, cases, report, *place):
+    if not report:
+        from plumbing.run import Run
+
+        Run.report = lambda *_: None
     results, own = [], [os.dup(1), os.dup(2)]
     for words in cases:
         files = [tempfile.TemporaryFile() for _ in own]
         for number, file in enumerate(files, 1):
             os.dup2(file.fileno(), number)  # beneath Python, for subprocesses too
-        sys.argv, code = [script, *words], 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            code = 1
+        code = execute(script, words, *place)
         for held in sys.modules["plumbing.files"].locks if "plumbing.files" in sys.modules else []:
             held.release()  # as the end of a process would
-        sys.stdout.flush(), sys.stderr.flush()
         for number, file in enumerate(own, 1):
             os.dup2(file, number)
         stdout, stderr = (file.seek(0) or file.read().decode() for file in files)
         results.append(SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr))
     return results
+
+def start(script, *words, ignored=(), **environment):
+    """Begin `python script words...`; returns its process, with the `output` to be read."""
+    reader, writer = forks.Pipe(duplex=False)
+    fcntl.fcntl(reader.fileno(), fcntl.F_SETPIPE_SZ, 4096)  # it runs 50 lines ahead
+    what = script, [*map(str, words)], ROOT, os.environ | environment
+    process = forks.Process(target=run_started, args=(writer, ignored, *what), daemon=True)
+    process.start()
+    writer.close()
+    process.output = open(os.dup(reader.fileno()), errors="replace")
+    return process
+
+def run_started(writer, ignored, *what):
+    for kind in (signal.SIGHUP, signal.SIGINT):  # whatever is ignored where the tests run
+        signal.signal(kind, signal.SIG_IGN if kind in ignored else signal.SIG_DFL)
+    for number in (1, 2):
+        os.dup2(writer.fileno(), number)
+    writer.close()
+    os._exit(execute(*what))
 
 def log_of(folder, *kinds):
     """The lines of a run's log, of these kinds or all."""
@@ -98,7 +134,8 @@ def data_dir(tmp_path_factory):
     """A folder with a corpus `docstrings` of 250,000 tokens and 1,000 ids, to which the model adds 24."""
     folder = tmp_path_factory.mktemp("data")
     words = [f"--packages={PACKAGES}", f"--data_dir={folder}", "--vocab_size=1000", "--val_fraction=0.1"]
-    run_script("data/prepare.py", "docstrings", *words)
+    (done,) = run_many("data/prepare.py", [["docstrings", *words]])
+    assert done.returncode == 0, done.stderr
     return folder
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """plumbing/settings.py: what a setting may be, who has the last word, and the line that a mistake gets."""
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_many
 
 from config import defaults
 from plumbing import settings
@@ -55,17 +56,10 @@ def test_command_line():
     config, rest = load("--name=a=b c", "--steps=-3", "--rate=1e-4", "--loud=True")
     assert config == Config("a=b c", -3, 1e-4, True) and rest == []
 
-@pytest.mark.parametrize(("text", "value"), [("True", True), ("true", True), ("False", False)])
-def test_booleans(text, value):
-    assert load("--loud=" + ("False" if value else "True"), f"--loud={text}")[0].loud is value
-
-def test_an_int_passes_for_a_float(write):
-    for config, _ in (load("--rate=3"), load(write("rate = 3"))):
-        assert config.rate == 3.0 and type(config.rate) is float
-
 def test_config_file(write):
-    config, rest = load(write("import math\nname = 'from file'\n_half = math.pi / 2\nrate = _half"))
-    assert config == Config("from file", 10, pytest.approx(1.5707963), False) and rest == []
+    config, rest = load(write("import math\nname = 'from file'\n_half = math.pi / 2\nlr = _half\nrate = 3"))
+    assert config == Config("from file", 10, 3.0, lr=math.pi / 2) and rest == []
+    assert type(config.rate) is float
 
 def test_the_later_file_and_always_the_command_line_win(write):
     first = write("name = 'first'\nsteps = 1\nrate = 1.0", "first.py")
@@ -99,19 +93,14 @@ def test_rules_show_the_settings_that_they_name(capsys):
     ("--stepz=3", ["'stepz'", "'steps'", "command line", "--help"]),
     ("--Rate=3", ["'Rate'", "'rate'"]),
     ("--steps=3.0", ["--steps=3.0", "a whole number"]),
-    ("--steps=many", ["--steps=many", "a whole number"]),
     ("--steps=", ["--steps=", "a whole number"]),
     ("--rate=fast", ["--rate=fast", "a number"]),
-    ("--loud=yes", ["--loud=yes", "True or False"]),
     ("--loud=1", ["--loud=1", "True or False"]),
     ("--loud", ["--loud", "--key=value"]),
-    ("-loud=True", ["-loud=True", "--key=value"]),
     ("--kind=green", ["kind = 'green'", "one of red, blue"]),
     ("--n=0", ["n = 0", "1 or more"]),
     ("--start=-1", ["start = -1", "0 or more"]),
-    ("--share=1.1", ["share = 1.1", "from 0 to 1"]),
     ("--share=nan", ["share = nan", "from 0 to 1"]),
-    ("--lr=0", ["lr = 0.0", "above 0"]),
     ("--lr=inf", ["lr = inf", "above 0"]),
     (f"--n={10**30}", ["n = 1000", "1 or more"]),
 ])
@@ -121,17 +110,12 @@ def test_mistakes_on_the_command_line(capsys, word, said):
 
 @pytest.mark.parametrize(("text", "said"), [
     ("stepz = 3", ["'stepz'", "'steps'"]),
-    ("steps = 3.0", ["steps = 3.0", "a whole number"]),
     ("steps = True", ["steps = True", "a whole number"]),
-    ("steps = '3'", ["steps = '3'", "a whole number"]),
     ("rate = True", ["rate = True", "a number"]),
-    ("loud = 1", ["loud = 1", "True or False"]),
     ("name = None", ["name = None", "text"]),
     ("steps = 1\nrate = = 2", ["line 2", "SyntaxError"]),
-    ("steps = 1\n\nrate = undefined", ["line 3", "NameError", "undefined"]),
     ("import json\nsteps = 1\nname = json.loads('{')", ["line 3", "JSONDecodeError"]),
     ("def _f():\n    raise ValueError('one\\ntwo')\n\n_f()", ["ValueError", "line"]),
-    ("import nowhere_to_be_found", ["line 1", "ModuleNotFoundError"]),
 ])
 def test_mistakes_in_a_file(capsys, write, text, said):
     path = write(text)
@@ -140,39 +124,32 @@ def test_mistakes_in_a_file(capsys, write, text, said):
 
 def test_a_file_that_is_not_there(capsys):
     line = mistake(capsys, "config/train_11.py")
-    assert "no config file config/train_11.py" in line and "config/train_11m.py" in line
-
-def test_mistakes_in_a_file_stop_even_what_the_command_line_overrules(capsys, write):
-    assert "'stepz'" in mistake(capsys, write("stepz = 3"), "--steps=3")
+    assert "config/train_11.py" in line and "config/train_11m.py" in line
 
 def test_help_shows_every_setting(capsys):
     with pytest.raises(SystemExit) as ended:
         settings.load(Config, "Does things.\n\n    python thing.py", argv=["--stepz=3", "--help"])
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[10].split() == ["--kind=red", "its", "colour", "(red,", "blue)"]
     assert lines[:4] == ["Does things.", "", "    python thing.py", ""]
-    assert [line.split() for line in lines[4:10]] == [
-        ["First"],
-        ["--name=plain", "of", "the", "thing"],
-        ["--steps=10", "how", "many"],
-        ["Second"],
-        "--rate=0.5 how fast; any number # above zero".split(),
-        "--loud=False whether to print more".split(),
-    ]
+    assert [" ".join(line.split()) for line in lines[4:11]] == [
+        "First", "--name=plain of the thing", "--steps=10 how many", "Second",
+        "--rate=0.5 how fast; any number # above zero", "--loud=False whether to print more",
+        "--kind=red its colour (red, blue)"]
 
-@pytest.mark.parametrize("script", sorted([*ROOT.glob("*.py"), ROOT / "data" / "prepare.py"], key=str))
+@pytest.mark.parametrize("script", [path for path in [*sorted(ROOT.glob("*.py")), ROOT / "data/prepare.py"]
+                                    if path.name == "train.py" or "class Config" in path.read_text()],
+                         ids=lambda path: path.name)
 def test_help_of_every_script(script, tmp_path):
-    """Every field of its Config is shown with its default and its comment; from any folder; at once."""
+    """Every field of its Config is shown with its default and its comment; from any folder."""
+    (done,) = run_many(script, [["--help"]], cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
     source = (ROOT / "config/defaults.py" if script.name == "train.py" else script).read_text()
-    if "class Config" not in source:
-        return
-    shown = run_script(script, "--help", cwd=tmp_path).stdout
     body = source.split("class Config:\n")[1].split("\n\n")[0]
     fields = re.findall(r"^    (\w+): [^=\n]+ = .+?  # (.+)$", body, re.MULTILINE)
     assert len(fields) == len(re.findall(r"^    \w+: ", body, re.MULTILINE))
     for key, comment in fields:
-        assert re.search(rf"^  --{key}=.* {re.escape(comment)}", shown, re.MULTILINE), key
+        assert re.search(rf"^  --{key}=.* {re.escape(comment)}", done.stdout, re.MULTILINE), key
 
 def test_config_files_set_what_there_is():
     for path in sorted((ROOT / "config").glob("train_*.py")):
