@@ -5,8 +5,7 @@
     python eval_fewshot.py out/11m --data=hf:SetFit/subj        # also a Hugging Face dataset
 
 Three classifiers see K examples of each class (the support) and answer for others (the query):
-adapt      training's inner loop, `maml.adapt`, from a fresh head, the only part that adapts; at the inner
-           learning rate of training: one of 10 is right for 16 words and too high for two classes
+adapt      training's inner loop, `maml.adapt`, from a fresh head, the only part that adapts
 logistic   scikit-learn's LogisticRegression with C = 1, on features of length sqrt(d)
 prototype  the class with the nearest mean (Snell et al. 2017, arxiv.org/abs/1703.05175)
 Words are masked in the validation text. A sentence is read at its last token, or at a <|mask|> after it. All
@@ -35,6 +34,7 @@ from model import Llama
 from plumbing import figures
 from plumbing.checkpoint import corpus_problem, load_models
 from plumbing.corpus import datasets_library, load_corpus, read_columns, read_files, text_files
+from plumbing.machine import choose_device
 
 @dataclass
 class Config:
@@ -65,7 +65,7 @@ def adapted(x, y, z, head, lr, steps):
 
 def logistic(x, y, z, *_):
     """scikit-learn's logistic regression."""
-    x, z = (part.double().cpu().numpy() * part.shape[-1] ** 0.5 for part in (x, z))
+    x, z = (part.cpu().double().numpy() * part.shape[-1] ** 0.5 for part in (x, z))
     fit = LogisticRegression(max_iter=1000).fit(x, y.cpu().numpy())  # 100 are too few to converge
     return torch.from_numpy(fit.predict(z))
 
@@ -203,7 +203,7 @@ def evaluate(task, name, loaded):
     shape = model.config.d_model, task.n_way, trained["head_layers"], trained["head_hidden"]
     head = maml.fresh_head(loaded.head, task.n_way) if loaded.head else maml.init_head(*shape)
     head = {key: p.to(x.device) for key, p in head.items()}
-    inner = head, trained["inner_lr"], trained["inner_steps"] or 10
+    inner = head, trained["inner_lr"] * task.n_way, trained["inner_steps"] or 10
     for k, draws in task.draws.items():
         y, labels = torch.arange(task.n_way).repeat_interleave(k).to(x.device), torch.from_numpy(task.labels)
         for classifier, answer in CLASSIFIERS.items():
@@ -220,7 +220,7 @@ def summary(rows, first, others):
 def main():
     config, words = settings.load(Config, __doc__, RULES)
     config.shots = sorted({int(k) for k in config.shots.split(",")})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device("auto")
     models = load_models(words, None if config.step == -1 else config.step, device)
     models = {word: loaded._replace(settings=asdict(TrainConfig()) | loaded.settings)  # others' have none
               for word, loaded in models.items()}

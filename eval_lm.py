@@ -28,6 +28,7 @@ from tqdm import tqdm
 from plumbing import figures
 from plumbing.checkpoint import checkpoints, load_model, load_models
 from plumbing.corpus import datasets_library, read_columns, read_files, text_files
+from plumbing.machine import choose_device
 
 @dataclass
 class Config:
@@ -69,7 +70,7 @@ def score(model, eot, documents, context, stride, title):
         x = model.features(idx.to(device))[scored.to(device)]  # (S, C)
         losses = F.cross_entropy(model.unembedding(x).float(), targets, reduction="none")
         of_document = np.repeat([d for d, *_ in batch], scored.sum(1))  # (S,)
-        np.add.at(nats, of_document, losses.double().cpu().numpy())
+        np.add.at(nats, of_document, losses.cpu().double().numpy())
     return nats
 
 def rates(totals):
@@ -136,7 +137,7 @@ def cell(numbers, key, form):
 
 def main():
     config, words = settings.load(Config, __doc__, RULES)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device("auto")
     models = load_models(words, int(config.step) if config.step.isdecimal() else None, device)
     context = config.context or models[words[0]].model.config.block_size
     stride = config.stride or -(-context // 2)

@@ -66,7 +66,7 @@ class Config:
     patience: Whole = 5  # stop this many epochs after the best F1 on dev, and keep the best; 0 keeps the last
     seeds: Whole = 0  # how often to tune: 0 takes 1, or 5 with shots
     step: int = -1  # of the checkpoints; -1 takes the newest
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
 
 def read_iob2(path):
     """The sentences of a file that has a line for each word and a blank line after each sentence."""

@@ -72,12 +72,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.d_model, bias=False)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache:  # keys and values of the positions before these
+            k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
+        if cache is not None:
+            cache.update(k=k, v=v)
         y = attend(q, k, v)  # (B, H, T, D), causal: head h reads key/value head h // (H / K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -103,8 +107,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 # --------------------------------------------------------------------------------------------------
@@ -142,17 +146,17 @@ class Llama(nn.Module):
                 nn.init.ones_(norm.weight)
         nn.init.ones_(self.norm.weight)
 
-    def features(self, idx):
+    def features(self, idx, caches=None, first=0):
         """Final hidden states (B, T, C), after the last norm, of the token ids idx (B, T).
 
-        Position t has read idx[:, :t + 1] and nothing later.
+        Position t has read idx[:, :t + 1] and nothing later. In `generate` idx begins at position `first`
+        and has read the positions in `caches`, a dict for each block, too.
         """
-        B, T = idx.shape
         head_dim = self.config.d_model // self.config.n_heads
-        cos, sin = rotary_table(T, head_dim, self.config.rope_theta, idx.device)
+        cos, sin = rotary_table(first + idx.size(1), head_dim, self.config.rope_theta, idx.device)
         x = self.embedding(idx)  # (B, T, C)
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        for block, cache in zip(self.blocks, caches or [None] * self.config.n_layers, strict=True):
+            x = block(x, cos[first:], sin[first:], cache)
         return self.norm(x)
 
     def features_at(self, idx, positions):
@@ -174,17 +178,24 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, n_tokens, temperature=1.0, top_k=None, generator=None):
-        """Extend idx (B, T) by n_tokens, each given the last block_size; temperature 0 is the likeliest."""
+        """Extend idx (B, T) by n_tokens; temperature 0 is the likeliest. Each attends to the last block_size.
+
+        A token is run through the model once: its keys and values are kept.
+        """
+        window, caches = self.config.block_size, [{} for _ in self.blocks]
+        new = idx[:, -window:]
         for _ in range(n_tokens):
-            logits = self.logits(idx[:, -self.config.block_size :])[:, -1].float()  # (B, V)
-            if temperature == 0:
-                idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), dim=1)
-                continue
+            x = self.features(new, caches, first=idx.size(1) - new.size(1))[:, -1]  # (B, C)
+            caches = [{name: kept[:, :, 1 - window :] for name, kept in cache.items()} for cache in caches]
+            logits = self.unembedding(x).float()  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1), the least that stays
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            p = (logits / temperature).softmax(-1)
-            idx = torch.cat((idx, torch.multinomial(p, 1, generator=generator)), dim=1)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            idx = torch.cat((idx, new), dim=1)
         return idx
 
     def n_params(self):
@@ -207,17 +218,23 @@ class Llama(nn.Module):
         compile_parts(self)  # see the end of the file
 
 # --------------------------------------------------------------------------------------------------
-# Speed on a CPU. The last line of `attend` is all that attention needs; the rest only makes it faster. The
-# CPU's fused kernel is slow with heads this narrow, and the compiler makes better loops of plain arithmetic.
+# Speed. The last line of `attend` is all that attention needs; the rest only makes it faster. A CPU's fused
+# kernel is slow with heads this narrow; the compiler makes better loops of plain arithmetic. A GPU's fused
+# kernels take grouped queries in half precision from compute capability 8.0 on.
+
+GROUPED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 def attend(q, k, v):
     """Causal softmax(q k^T / sqrt(D)) v of q (B, H, T, D) and k, v (B, K, T, D): (B, H, T, D)."""
     with torch.autocast(q.device.type, enabled=False):
-        if not q.is_cuda:
+        if q.device.type == "cpu":
             if torch.compiler.is_compiling() and q.size(2) <= 512:  # longer rows would keep too many scores
                 return causal_attention(q, k, v)
             q, k, v = q.float(), k.float(), v.float()  # here about three times as fast as bfloat16
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        elif not GROUPED or q.dtype == torch.float32:
+            k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+        causal = q.size(2) > 1  # a single query, in `generate`, comes last and sees all keys
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 def causal_attention(q, k, v):
     """What F.scaled_dot_product_attention gives in `attend`, spelled out for the compiler.

@@ -30,7 +30,7 @@ def singular_values(matrix):
 
     They come from the smaller Gram matrix, ten times faster for 1536 x 6144, unless its rounding matters.
     """
-    matrix = torch.as_tensor(matrix).detach().double()
+    matrix = torch.as_tensor(matrix).detach().cpu().double()  # GPUs are slow at this, or have no float64
     matrix = matrix if matrix.size(0) <= matrix.size(1) else matrix.mT  # (n, long side)
     if not matrix.isfinite().all():
         return np.full(len(matrix), np.nan)
@@ -41,7 +41,7 @@ def singular_values(matrix):
     error = len(squares) * torch.finfo(torch.float64).eps * squares[-1]  # of an eigenvalue, at most
     if ((squares + error).sqrt().sum() - values.sum()) > 1e-7 * values.sum():
         values = torch.linalg.svdvals(matrix)
-    return values.cpu().numpy() * largest
+    return values.numpy() * largest
 
 def rank_of(values):
     """Effective rank (...) of singular values (..., n): from 1 to n, or 0 where all are 0."""
@@ -61,19 +61,19 @@ def proportional_effective_rank(matrix):
 def ov_values(attention):
     """Singular values (H, D) of each head's W_O W_V: what it writes for what it reads. All others are 0."""
     H, K, D = attention.n_heads, attention.n_kv_heads, attention.head_dim
-    o = attention.o_proj.weight.detach().double().unflatten(1, (H, D)).transpose(0, 1)  # (H, C, D)
-    v = attention.v_proj.weight.detach().double().unflatten(0, (K, D)).mT  # (K, C, D)
+    o = attention.o_proj.weight.detach().cpu().double().unflatten(1, (H, D)).transpose(0, 1)  # (H, C, D)
+    v = attention.v_proj.weight.detach().cpu().double().unflatten(0, (K, D)).mT  # (K, C, D)
     v = v.repeat_interleave(H // K, dim=0)  # (H, C, D): head h reads h // (H / K)
     if not (o.isfinite().all() and v.isfinite().all()):
         return np.full((H, D), np.nan)
     product = torch.linalg.qr(o).R @ torch.linalg.qr(v).R.mT  # an orthogonal factor changes no singular value
-    return torch.linalg.svdvals(product).cpu().numpy()
+    return torch.linalg.svdvals(product).numpy()
 
 def head_entropy(q, k):
     """Mean entropy (H,) of the causal attention of q (B, H, T, D) on k (B, K, T, D): 1 is uniform."""
     B, H, T, D = q.shape
     k = k.float().repeat_interleave(H // k.size(1), dim=1).mT  # (B, H, D, T)
-    total = torch.zeros(H, dtype=torch.float64, device=q.device)
+    total = torch.zeros(H, dtype=torch.float64)
     chunk = max(1, 2**22 // (B * H * T))  # of rows: about four million scores are in memory
     for first in range(1, T, chunk):
         end = min(first + chunk, T)
@@ -82,7 +82,7 @@ def head_entropy(q, k):
         later = torch.arange(end, device=q.device) >= length[:, None]  # (chunk, end)
         log_p = score.masked_fill_(later, -1e30).log_softmax(-1)  # finite, so that 0 times it is 0
         entropy = -(log_p.exp() * log_p).sum(-1)  # (B, H, chunk)
-        total += (entropy / length.log()).sum((0, 2))  # shares of the largest; the first row has none
+        total += (entropy / length.log()).sum((0, 2)).cpu()  # shares of the largest; the first row has none
     return total / (B * max(1, T - 1))
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def attention_entropy(model, idx):
     """Entropy of each head's attention on token ids idx (B, T), as a share of the largest: (L, H)."""
     entropy, attend = [], F.scaled_dot_product_attention
     def watched(q, k, *rest, **options):  # queries and keys as the model made them, with rotary positions
-        entropy.append(head_entropy(q, k).cpu().numpy())
+        entropy.append(head_entropy(q, k).numpy())
         return attend(q, k, *rest, **options)
     with torch.compiler.set_stance("force_eager"), mock.patch.object(F, attend.__name__, watched):
         model.features(idx)
@@ -131,7 +131,7 @@ def measure(model, idx, targets=None, complain=print):
         gradients = iter(torch.autograd.grad(loss, sum(weights.values(), [])))  # leaves no .grad
         for role, of_role in weights.items():
             measured[f"gradients/{role}"] = np.stack([singular_values(next(gradients)) for _ in of_role])
-        measured["loss"] = loss.detach().double().cpu().numpy()
+        measured["loss"] = loss.detach().cpu().double().numpy()
     if damaged := [name for name, values in measured.items() if not np.isfinite(values).all()]:
         complain(f"not finite in some layer, left out: {', '.join(damaged)}")
     return measured

@@ -47,6 +47,9 @@ multi_task = config.inner_steps == 0
 head = maml.init_head(config.d_model, corpus.vocab_size if multi_task else config.n_way, config.head_layers,
                       config.head_hidden, torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
+# Gradient descent from a head of zeros is stable while inner_lr / n_way is below 1: the loss of N classes is
+# curved by at most 2 / N, for features and bias of length 1 each.
+inner_lr = config.inner_lr * config.n_way
 params = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
 optimizer = torch.optim.AdamW(
     [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -63,9 +66,9 @@ ROWS, COIN, EPISODES, POOL, SHUFFLE = range(5)
 def rng(stream, *index):
     return np.random.default_rng((config.seed, stream, *index))
 
-def to_device(array):
-    """A numpy array of integers as an int64 tensor, copied while the GPU works on."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+def to_device(array, dtype=np.int64):
+    """An array as a tensor on the device, copied while the GPU works on."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 def get_batch(tokens, starts):
@@ -105,7 +108,7 @@ def lm_step(step):
     """Next-token prediction. Leaves gradients in `params`; returns this process's share of the loss."""
     starts = rng(ROWS, step).integers(len(corpus.train) - config.block_size, size=config.batch_size)
     total = torch.zeros((), device=device)
-    for part in run.micro_batches(config.batch_size, config.micro_batch_size):
+    for part in run.micro_batches(config.batch_size, "lm"):
         idx, targets = get_batch(corpus.train, starts[part])
         with autocast:
             loss = model(idx, targets) * (len(idx) / config.batch_size)
@@ -116,11 +119,11 @@ def lm_step(step):
 def meta_step(step):
     """One outer step of MAML. Leaves gradients in `params`; returns this process's share of the numbers."""
     total = {}
-    for part in run.micro_batches(config.episodes_per_step, config.micro_episodes):
+    for part in run.micro_batches(config.episodes_per_step, "meta"):
         episodes = [training_episode(step, number) for number in range(part.start, part.stop)]
         loss, numbers = run_episodes(episodes, head, columns=multi_task)
         scaler.scale(loss * (len(episodes) / config.episodes_per_step)).backward()
-        numbers["far_share"] = torch.tensor([episode.far_share for episode in episodes], device=device)
+        numbers["far_share"] = to_device([episode.far_share for episode in episodes], np.float32)
         for name, values in numbers.items():
             total[name] = total.get(name, 0) + values.sum() / config.episodes_per_step
     return total
@@ -141,7 +144,7 @@ def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
         query = features(e["query"], e["query_pos"])
     start = maml.columns(head, e["words"]) if columns else head
     return maml.episode_loss(start, support, e["support_labels"], query, e["query_labels"],
-                             lr=config.inner_lr, steps=steps, first_order=not config.second_order)
+                             lr=inner_lr, steps=steps, first_order=not config.second_order)
 
 # What adapts besides the head: parameters of `reader`, the model read at one position of each row.
 reader, target = maml.inner_target(model, config.target, config.target_layers)
@@ -152,7 +155,7 @@ def run_episodes_through(e, head, steps):
     """run_episodes where parts of the model adapt too: it runs in every inner step, episode by episode."""
     # FORK HERE for other parameters to adapt: name their start here, and say in `logits` how the model reads.
     start = {**target, **{f"head.{name}": p for name, p in head.items()}}
-    rates = {name: config.inner_lr if name.startswith("head.") else config.target_lr for name in start}
+    rates = {name: inner_lr if name.startswith("head.") else config.target_lr for name in start}
 
     def logits(params, windows):  # windows: tokens (M, L) and the positions (M,) to read -> (M, N)
         with inner_autocast:
@@ -201,7 +204,7 @@ def val_loss(first, last):
     n_rows = min(config.eval_steps * config.batch_size, (last - first) // (config.block_size + 1))
     starts = np.linspace(first, last - config.block_size - 1, n_rows).astype(np.int64)
     total = torch.zeros((), device=device)
-    for part in run.micro_batches(n_rows, config.micro_batch_size or config.batch_size):
+    for part in run.micro_batches(n_rows, "lm"):
         with autocast, torch.enable_grad():  # with the kernels of training: others would have to be compiled
             total += model(*get_batch(corpus.val, starts[part])).detach() * (part.stop - part.start)
     return run.all_reduce(total).item() / n_rows
@@ -249,10 +252,8 @@ while True:
     kind, lr = objective(step), lr_at(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    numbers = lm_step(step) if kind == "lm" else meta_step(step)
-    for p in params:
-        if p.grad is not None:
-            run.all_reduce(p.grad)
+    numbers = run.within_memory(kind, lm_step if kind == "lm" else meta_step, step)
+    run.all_reduce_gradients(params)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
     scaler.step(optimizer)  # leaves the weights alone if a float16 gradient overflowed

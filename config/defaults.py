@@ -12,7 +12,7 @@ class Config:
     dataset: str = "docstrings"  # name of a prepared corpus; docstrings is built when it is missing
     data_dir: str = str(ROOT / "data")  # where the prepared corpora are
     seed: Whole = 0  # of the initial weights and of everything that is drawn
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute; auto finds a GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products (float32: TF32 on a GPU)
     compile: bool = True  # torch.compile the block and the loss, where the machine has a compiler
     resume: bool = False  # continue from the newest checkpoint in out_dir
@@ -27,7 +27,7 @@ class Config:
     block_size: Count = 512  # tokens in a row
     # Optimization
     batch_size: Count = 64  # rows in a language-model step, over all processes
-    micro_batch_size: Whole = 0  # rows that a process has in memory at once; 0 takes all its rows
+    micro_batch_size: Whole = 0  # rows that a process has in memory at once; 0 takes as many as fit on a GPU
     max_steps: Count = 6000  # optimizer steps of either kind
     lr: Positive = 3e-4  # peak learning rate of AdamW, the outer loop
     warmup_steps: Whole = 2500  # steps from 0 to the peak
@@ -40,7 +40,7 @@ class Config:
     k_shot: Count = 4  # support windows of each word
     q_query: Count = 4  # query windows of each word
     episodes_per_step: Count = 1  # episodes in a meta step, over all processes
-    micro_episodes: Whole = 0  # episodes that a process has in memory at once; 0 takes all its episodes
+    micro_episodes: Whole = 0  # episodes that a process has in memory at once; 0 takes as many as fit
     episode_len: Count = 64  # longest window in tokens; independent of block_size
     readout: Literal["before", "mask", "last"] = "before"  # the token whose features are read
     word_min_count: Count = 20  # least occurrences of a word in the pool
@@ -49,7 +49,7 @@ class Config:
     on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # then stop, end meta steps, or begin them
     # Inner loop
     inner_steps: Whole = 10  # gradient steps on the support set; 0 is the multi-task control
-    inner_lr: Positive = 10.0  # their learning rate, on features of length about 1
+    inner_lr: Positive = 0.625  # their learning rate for each word: a step is inner_lr * n_way
     second_order: bool = False  # differentiate through the inner gradients
     target: Literal["head", "attention", "mlp", "attention+mlp", "norms", "all"] = "head"  # what adapts
     target_layers: str = ""  # in which blocks, as 0,1,5; empty is all (and the final norm, if norms or all)
@@ -76,6 +76,7 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.n_heads % c.n_kv_heads == 0, "n_kv_heads must divide n_heads"),
     (lambda c: c.n_way >= 2, "n_way must be at least 2"),
     (lambda c: c.episode_len >= 16, "episode_len must be at least 16"),
+    (lambda c: c.inner_lr < 4, "inner_lr is for each word now: what was 10 for 16 words is 0.625"),
     (layers_exist, "target_layers are numbers of blocks below n_layers, as 0,1,5; empty is all"),
     (lambda c: c.target != "head" or not c.target_layers, "target_layers needs a target in the blocks"),
     (lambda c: c.target == "head" or c.inner_steps, "target does not adapt when inner_steps is 0"),

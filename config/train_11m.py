@@ -4,6 +4,7 @@ It has 11,282,784 parameters with a vocabulary of 50,304, and 2,410,848 with the
 On a GPU this is the paper's recipe (Africa et al. 2025). Without one, the same model trains within minutes.
 """
 import pathlib
+import sys
 
 import torch
 
@@ -12,7 +13,7 @@ out_dir = "out/11m"
 meta_ratio = 0.5  # half of the steps are meta steps; 0 is the vanilla baseline
 
 _large = pathlib.Path(__file__).parents[1] / "data" / "large" / "meta.json"
-if torch.cuda.is_available():
+if torch.cuda.is_available() and "--device=cpu" not in sys.argv:
     max_steps, lr, warmup_steps = 6000, 3e-4, 2500  # the paper's
     batch_size, block_size = 256, 512  # most likely the paper's: 131,072 tokens a language-model step
     micro_batch_size = 64

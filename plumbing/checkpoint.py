@@ -87,7 +87,7 @@ def save_checkpoint(run, step, model, head, moments, tokenizer, spectra, state):
     sha256 = {name: sha256_of(f"{work}/{name}") for name in sorted(os.listdir(work))}
     Path(work, "state.json").write_text(json.dumps(state | {"step": step, "sha256": sha256}, indent=1))
     for name in os.listdir(work):
-        with open(f"{work}/{name}", "rb") as file:
+        with open(f"{work}/{name}", "rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
     shutil.rmtree(path, ignore_errors=True)  # a damaged one that the run has come back to
     os.rename(work, path)

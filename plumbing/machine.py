@@ -1,9 +1,12 @@
 """What this machine can do: device, precision, compiler, memory."""
 import contextlib
 import ctypes
+import importlib.util
+import math
 import os
 import shlex
 import shutil
+import sys
 import sysconfig
 
 import torch
@@ -11,33 +14,52 @@ import torch
 from plumbing.files import fail
 
 def choose_device(setting, local_rank=0):
-    """The torch.device that a setting (auto, cpu, cuda) means for this process."""
-    if setting == "cuda" and not torch.cuda.is_available():
-        fail("device = cuda, but torch finds no CUDA GPU; take --device=cpu or a CUDA build of torch")
-    if setting == "cpu" or not torch.cuda.is_available():
+    """The torch.device that a setting (auto, cpu, cuda, mps) means for this process."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if setting == "auto":
+        setting = next(kind for kind in here if here[kind])
+        if setting == "cpu" and shutil.which("nvidia-smi"):
+            print(f"system  torch {torch.__version__} finds no GPU, though nvidia-smi is here: is the driver "
+                  f"too old for CUDA {torch.version.cuda}?", file=sys.stderr)
+    if not here[setting]:
+        fail(f"device = {setting}, but torch finds none; take --device=cpu or another build of torch")
+    if setting == "cpu":
         keep_freed_memory()
-        return torch.device("cpu")
+    if setting != "cuda":
+        return torch.device(setting)
     if local_rank >= torch.cuda.device_count():
         fail(f"only {torch.cuda.device_count()} GPUs for process {local_rank}: lower --nproc_per_node")
     torch.cuda.set_device(local_rank)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each length, and errs (pytorch#193893)
     return torch.device("cuda", local_rank)
 
 def choose_dtype(setting, device):
-    """The dtype of matrix products: bfloat16 where there are instructions for it, else float32."""
+    """The dtype of matrix products: one of half the size where there are instructions for it."""
     if setting != "auto":
         return getattr(torch, setting)
     if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        can = torch.cpu.get_capabilities()
-        has_bfloat16 = can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
+    can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has_bfloat16 = can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16")
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
-def has_compiler(device):
-    """Whether torch.compile will work: on a CPU it needs a C++ compiler and Python's headers."""
-    cxx = shlex.split(os.environ.get("CXX", "g++"))[0]
-    headers = os.path.join(sysconfig.get_path("include"), "Python.h")
-    return device.type == "cuda" or bool(shutil.which(cxx) and os.path.exists(headers))
+def not_compiled(device):
+    """Why torch.compile cannot work here, in a few words; "" if it can."""
+    if sys.platform != "linux":
+        return "only on Linux"
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        return "no triton"
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (7, 0):
+        return "the GPU is too old for triton"
+    variable, compiler = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
+    compiler = shlex.split(os.environ.get(variable, compiler))[0]
+    if not shutil.which(compiler):
+        return f"no compiler {compiler}"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "no Python.h: install python3-dev"
+    return ""
 
 def keep_freed_memory():
     """Have glibc keep what is freed. A fresh page of memory costs more than the arithmetic on it."""
@@ -46,9 +68,14 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(option, number)
 
 def peak_memory(device):
-    """The most memory that this process has had, in GiB."""
+    """The most memory that this process has had, in GiB; NaN on Windows, which does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
+    return peak / 2 ** (30 if sys.platform == "darwin" else 20)

@@ -25,7 +25,7 @@ from plumbing import figures
 from plumbing.checkpoint import check_sha256, checkpoints, load_model, save_checkpoint
 from plumbing.corpus import load_corpus
 from plumbing.files import ROOT, fail, lock, on_signals, read_json, reading, write_atomic
-from plumbing.machine import choose_device, choose_dtype, has_compiler, peak_memory
+from plumbing.machine import choose_device, choose_dtype, not_compiled, peak_memory
 
 # A resumed run may differ from the run that was begun in these settings only.
 MAY_CHANGE = set("""out_dir data_dir device dtype compile resume micro_batch_size micro_episodes max_steps lr
@@ -46,11 +46,14 @@ class Run:
             fail(f"{self.world} processes cannot share a smaller batch_size or episodes_per_step")
         self.device = choose_device(config.device, local_rank)
         self.dtype = choose_dtype(config.dtype, self.device)
-        self.compile = config.compile and has_compiler(self.device)
+        why_not = not_compiled(self.device) if config.compile else "compile = False"
+        self.compile = not why_not
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
         on_gpu = self.device.type == "cuda"
+        self.lag = int(on_gpu)  # how many steps their numbers are read later
         where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-        compiled = "compiled" if self.compile else "not compiled"
+        where = "Apple GPU" if self.device.type == "mps" else where
+        compiled = f"not compiled ({why_not})" if why_not else "compiled"
         self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, {compiled}")
         if self.world > 1:
             dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
@@ -91,12 +94,49 @@ class Run:
 
     def barrier(self):
         """Return when all processes have come here."""
-        self.all_reduce(torch.zeros(1, device=self.device)).item()
+        if self.world > 1:
+            self.all_reduce(torch.zeros(1, device=self.device)).item()
 
-    def micro_batches(self, n, size):
-        """This process's share of n rows or episodes, as slices of at most `size`; 0 sets no limit."""
+    def all_reduce_gradients(self, params):
+        """Sum the gradients of params over all processes, in one message."""
+        if self.world > 1:
+            gradients = [p.grad for p in params if p.grad is not None]
+            summed = self.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+            parts = summed.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    # Memory
+
+    def choose_micro_batches(self, model):
+        """Rows and episodes at a time: the settings; where 0, what half a GPU's free memory holds, or all."""
+        c, shape = self.config, model.config
+        fits = {"lm": c.batch_size, "meta": c.episodes_per_step}
+        if self.device.type == "cuda":
+            # Bytes that the backward pass needs of a token: those of the blocks, and of its logits.
+            bytes_kept = 40 * shape.d_model * shape.n_layers + 4 * shape.vocab_size
+            tokens = torch.cuda.mem_get_info()[0] / 2 / (bytes_kept if self.compile else 3 * bytes_kept)
+            sizes = {"lm": c.block_size, "meta": c.n_way * c.q_query * c.episode_len}
+            fits = {kind: min(fits[kind], 2 ** int(math.log2(max(1, tokens / sizes[kind])))) for kind in fits}
+        self.micro = {"lm": c.micro_batch_size or fits["lm"], "meta": c.micro_episodes or fits["meta"]}
+
+    def micro_batches(self, n, kind):
+        """This process's share of n rows ("lm") or episodes ("meta"), as slices that memory has room for."""
         first, last = self.rank * n // self.world, (self.rank + 1) * n // self.world
-        return [slice(i, min(i + (size or n), last)) for i in range(first, last, size or n)]
+        return [slice(i, min(i + self.micro[kind], last)) for i in range(first, last, self.micro[kind])]
+
+    def within_memory(self, kind, objective, step):
+        """objective(step). If a GPU's memory runs out, begin again with micro-batches of half the size."""
+        while True:
+            try:
+                return objective(step)
+            except torch.OutOfMemoryError:
+                if self.micro[kind] < 2:
+                    raise
+            self.micro[kind] //= 2
+            self.print(f"memory  ran out: {self.micro[kind]} rows or episodes at a time from here on")
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
 
     def end(self, code, error=""):
         """End this process. One of several skips torch's clean-up, which aborts about one exit in four."""
@@ -164,7 +204,8 @@ class Run:
         if self.rank == 0:
             self.write_folder(lines)
         on_signals(self.stop)
-        self.first_step, self.skipped, self.clock = step, 0, time.perf_counter()
+        self.choose_micro_batches(model)
+        self.first_step, self.skipped, self.unread, self.clock = step, 0, [], time.perf_counter()
         return step
 
     def resume(self):
@@ -231,27 +272,43 @@ class Run:
             self.tracker.log(line, step=line["step"])
 
     def log_step(self, step, kind, numbers, norm, lr):
-        """Sum the numbers of a step over all processes; check, log and print them."""
+        """Sum the numbers of a step over processes, for `read`: on a GPU a step later, so as not to wait."""
         asked = torch.full((), float(self.signal is not None), device=self.device)
-        *values, asked = self.all_reduce(torch.stack([*numbers.values(), asked])).tolist()
-        self.stopping, norm, seconds = bool(asked), norm.item(), self.tick()
-        line, costs = dict(zip(numbers, values, strict=True)), self.costs[kind]
-        loss = line[f"{kind}_loss"]
+        values = torch.cat((self.all_reduce(torch.stack([*numbers.values(), asked])), norm[None]))
+        there = torch.cuda.Event() if self.lag else None
+        self.unread.append((step, kind, numbers, values.to("cpu", non_blocking=True), there, lr))
+        if there:
+            there.record()  # behind the copy, before the next step
+        self.read(self.lag)
+
+    def read(self, all_but=0):
+        """Read, check, log and print the numbers of the steps done, but of the newest `all_but`."""
+        while len(self.unread) > all_but:
+            step, kind, numbers, values, there, lr = self.unread.pop(0)
+            if there:
+                there.synchronize()
+            *values, asked, norm = values.tolist()
+            self.stopping = bool(asked)
+            self.write_step(step, kind, dict(zip(numbers, values, strict=True)), norm, lr)
+
+    def write_step(self, step, kind, line, norm, lr):
+        """Check, log and print the numbers of a step; ends the run if they are not finite."""
+        seconds, costs, loss = self.tick(), self.costs[kind], line[f"{kind}_loss"]
         finite = math.isfinite(loss + norm)
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped == (20 if self.scaler.is_enabled() else 1):
             self.not_finite(step, f"loss {loss}, gradient norm {norm}")
         self.progress |= {key: self.progress[key] + amount for key, amount in costs.items()}
         speed = costs["lm_tokens" if kind == "lm" else "episode_tokens"] / seconds
-        scale = {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
-        line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, **scale}
+        overflow = {} if finite else {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
+        line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, **overflow}
         self.log({"step": step, "kind": kind, **line, **self.progress, "tokens_per_second": speed})
         if step == self.first_step + 1:
             self.steady = self.clock  # the first step compiles and says nothing of the others
         if step % self.config.log_interval and step != self.config.max_steps and finite:
             return
         acc = "  query_acc {query_acc_before:.3f}->{query_acc:.3f}".format_map(line) if kind == "meta" else ""
-        how = f"lr {lr:.2e}  norm {norm:.2f}" if finite else f"skipped: float16 overflow, {scale}"
+        how = f"lr {lr:.2e}  norm {norm:.2f}" if finite else f"skipped: float16 overflow, {overflow}"
         each = (self.clock - self.steady) / max(1, step - self.first_step - 1)
         left = int(each * (self.config.max_steps - step))
         self.print(f"step {step:6d}/{self.config.max_steps}  {kind}_loss {loss:.4f}{acc}  {how}  "
@@ -268,6 +325,7 @@ class Run:
         return any(line["step"] == step for line in self.evals)
 
     def log_eval(self, step, numbers):
+        self.read()
         if self.world > 1:  # all decide from the same numbers
             shared = [numbers]
             dist.broadcast_object_list(shared, src=0)
@@ -301,6 +359,7 @@ class Run:
 
     def save(self, step, spectra):
         """Write a checkpoint, whole or not at all. spectra: the arrays that spectra.measure gives."""
+        self.read()
         if not all(p.isfinite().all() for p in self.params.values()):
             self.not_finite(step, "weights are not finite")
         if self.rank == 0:

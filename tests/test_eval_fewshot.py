@@ -19,7 +19,7 @@ from model import Llama, ModelConfig
 from plumbing.checkpoint import load_model
 from plumbing.corpus import load_corpus
 
-N, K, Q, LENGTH, LR, SEED, DRAWS = 6, 3, 2, 20, 4.0, 3, 8
+N, K, Q, LENGTH, LR, SEED, DRAWS = 6, 3, 2, 20, 0.75, 3, 8
 SHAPE = dict(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=24, block_size=16)
 BASE = SHAPE | dict(
     batch_size=4, max_steps=20, lr=0.01, warmup_steps=5, meta_ratio=0.5, n_way=N, k_shot=K, q_query=Q,
@@ -65,7 +65,8 @@ def here(data_dir, tmp_path_factory):
     """A folder of sentences, and of a folder with the runs for each case."""
     here = tmp_path_factory.mktemp("fewshot")
     runs = [BASE | {"data_dir": data_dir, "out_dir": here / "runs" / name} | RUNS[name] for name in RUNS]
-    for done in run_many("train.py", [[f"--{key}={x}" for key, x in run.items()] for run in runs]):
+    runs = [[f"--{key}={x}" for key, x in run.items()] for run in runs]
+    for done in run_many("train.py", runs, report=False):
         assert done.returncode == 0, done.stderr
     for name in CASES:
         shutil.copytree(here / "runs", here / name)
@@ -101,7 +102,8 @@ def gradient_descent(head, x, y, z):
     for _ in range(3):
         head = [p.detach().requires_grad_() for p in head]
         loss = -logits(head, x).log_softmax(1)[range(len(y)), y].mean()
-        head = [p - LR * g for p, g in zip(head, torch.autograd.grad(loss, head), strict=True)]
+        step = LR * len(head[-1])  # LR is for each class
+        head = [p - step * g for p, g in zip(head, torch.autograd.grad(loss, head), strict=True)]
     return logits(head, z).argmax(1)
 
 def regression(x, y, z, n_way):

@@ -8,7 +8,7 @@ from conftest import ROOT, checkpoint, log_of, run_many
 
 WORDS = """--d_model=16 --n_layers=1 --n_heads=2 --n_kv_heads=1 --d_ff=24 --block_size=16 --batch_size=4
     --max_steps=8 --lr=0.003 --warmup_steps=2 --eval_interval=100 --eval_steps=2 --ckpt_interval=4
-    --compile=False --meta_ratio=0.5 --n_way=4 --k_shot=2 --q_query=2 --episode_len=20 --inner_lr=1
+    --compile=False --meta_ratio=0.5 --n_way=4 --k_shot=2 --q_query=2 --episode_len=20 --inner_lr=0.25
     --schedule=constant --word_min_count=200""".split()
 CHANGED = f"""
 import functools, os, runpy, sys
@@ -24,10 +24,10 @@ finally:
     print("wandb was", "imported" if "wandb" in sys.modules else "left alone")
 """
 HALF, SINGLE = "--dtype=float16", "--dtype=float32"
-CASES = {  # name -> loss scale at the start, and settings; wandb comes last: what is imported stays so
+CASES = {  # name -> loss scale at the start, and settings
     "float32": (1024, [SINGLE]), "float16": (1024, [HALF]), "half": (1024, [HALF, "--max_steps=4"]),
-    "too large": (2.0**27, [HALF, "--max_steps=30"]), "hopeless": (2.0**100, [HALF, "--max_steps=30"]),
-    "shown": (1024, [SINGLE, "--wandb=True", "--wandb_project=hedgehogs"])}
+    "too large": (2.0**27, [HALF, "--max_steps=30"]), "hopeless": (2.0**100, [HALF, "--max_steps=30"])}
+SHOWN = {"shown": (1024, [SINGLE, "--wandb=True", "--wandb_project=hedgehogs"])}
 RESUMED = {"resumed": (1, [HALF, "--resume=True"]), "in float32": (1, [SINGLE, "--resume=True"])}
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def runs(data_dir, tmp_path_factory):
     """The folder of all runs, and what became of the commands by name."""
     here, done = tmp_path_factory.mktemp("float16"), {}
     (here / "changed.py").write_text(CHANGED)
-    for cases in (CASES, RESUMED):
+    for cases in (CASES, RESUMED, SHOWN):
         words = [[scale, *WORDS, f"--data_dir={data_dir}", f"--out_dir={here / name}", *more]
                  for name, (scale, more) in cases.items()]
-        done |= zip(cases, run_many(here / "changed.py", words), strict=True)
+        done |= zip(cases, run_many(here / "changed.py", words, report=cases is SHOWN), strict=True)
         for name in RESUMED if cases is CASES else ():
             shutil.copytree(here / "half", here / name)
     return here, done

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Attention, Llama, ModelConfig, RMSNorm, causal_attention, rotary_table, rotate
+from plumbing.checkpoint import hf_config, their_names
 
 SIZES = {  # name: (d_model, d_ff, parameters with 50,304 ids)
     "11m": (96, 384, 11_282_784),
@@ -256,25 +257,28 @@ def greedy(model, idx, n_tokens):
 
 def test_greedy_text_is_the_likeliest_token_each_time():
     model, idx = strong(), ids(3, 5)
-    expected = greedy(model, idx, 20)  # 25 tokens: past block_size = 16
-    assert expected.shape == (3, 25) and expected.dtype == torch.int64
-    assert torch.equal(model.generate(idx, 20, temperature=0), expected)
-    assert torch.equal(model.generate(idx, 20, top_k=1), expected)
+    expected = greedy(model, idx, 11)  # 16 tokens: block_size
+    assert expected.shape == (3, 16) and expected.dtype == torch.int64
+    assert torch.equal(model.generate(idx, 11, temperature=0), expected)
+    assert torch.equal(model.generate(idx, 11, top_k=1), expected)
+
+def test_text_longer_than_block_size_attends_to_the_last_block_size():
+    """As Hugging Face's Mistral does, which is a Llama with a window."""
+    transformers = pytest.importorskip("transformers")
+    model, idx = strong(), ids(3, 5)
+    settings = hf_config(model.config) | {"model_type": "mistral", "sliding_window": 16}
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**settings, pad_token_id=0)).eval()
+    names = their_names(model.config.n_layers)
+    theirs.load_state_dict({names[ours]: p for ours, p in model.state_dict().items()})
+    expected = theirs.generate(idx, max_new_tokens=45, do_sample=False, eos_token_id=None)
+    assert torch.equal(model.generate(idx, 45, temperature=0), expected)
+    assert torch.equal(model.generate(idx, 11, temperature=0), expected[:, :16])
 
 def test_same_generator_same_text():
     model, idx = strong(), ids(2, 4)
     texts = [model.generate(idx, 12, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
     assert torch.equal(texts[0][:, :4], idx)
-
-def test_generation_reads_at_most_block_size_tokens():
-    model, idx = strong(), ids(1, 40)
-    short, long = model.generate(idx[:, -16:], 1, temperature=0), model.generate(idx, 1, temperature=0)
-    assert torch.equal(short[:, 16:], long[:, 40:])
-    other = idx.clone()
-    other[:, :24] = ids(1, 24)
-    drawn = [model.generate(x, 8, generator=torch.Generator().manual_seed(0))[:, -8:] for x in (idx, other)]
-    assert torch.equal(*drawn)
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1, None), (0.5, None), (2, None), (1.3, 5), (1, 1000)])
 def test_tokens_are_drawn_with_their_probabilities(temperature, top_k):
