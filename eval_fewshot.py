@@ -13,6 +13,7 @@ models get the same draws. Intervals are 1.96 standard errors over draws, not ov
 """
 import json
 from dataclasses import asdict, dataclass
+from itertools import product
 
 from plumbing import settings  # before torch: Ctrl-C is quiet soon
 from plumbing.files import fail, reading, write_atomic
@@ -57,14 +58,12 @@ BATCH = 8192  # tokens that a model reads at once
 # Classifiers: support x (N*K, C), its labels y (N*K,), query z (Q, C) -> answers (Q,)
 
 def adapted(x, y, z, head, lr, steps):
-    """The inner loop of training."""
-    def loss(head, batch):
-        return F.cross_entropy(maml.head_logits(head, batch[0]), batch[1])
+    def loss(head, _):
+        return F.cross_entropy(maml.head_logits(head, x), y)
 
-    return maml.head_logits(maml.adapt(loss, head, (x, y), lr, steps), z).argmax(-1)
+    return maml.head_logits(maml.adapt(loss, head, None, lr, steps), z).argmax(-1)
 
 def logistic(x, y, z, *_):
-    """scikit-learn's logistic regression."""
     x, z = (part.cpu().double().numpy() * part.shape[-1] ** 0.5 for part in (x, z))
     fit = LogisticRegression(max_iter=1000).fit(x, y.cpu().numpy())  # 100 are too few to converge
     return torch.from_numpy(fit.predict(z))
@@ -81,10 +80,8 @@ def features(model, rows, positions):
     """Features (n, C) of n rows of ids at `positions` (n,), scaled. Rows of like length go together."""
     device = model.unembedding.weight.device
     x = torch.empty(len(rows), model.config.d_model, device=device)
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    while len(order):
-        batch = order[-max(1, BATCH // len(rows[order[-1]])) :]  # the longest that are left
-        order = order[: -len(batch)]
+    order, size = np.argsort([len(row) for row in rows], kind="stable"), max(1, BATCH // max(map(len, rows)))
+    for batch in np.split(order, range(size, len(order), size)):
         idx = pad_sequence([torch.as_tensor(rows[i]) for i in batch], batch_first=True)  # (B, T)
         at = torch.tensor([positions[i] for i in batch], device=device)
         x[batch] = maml.scaled(model.features_at(idx.to(device), at))
@@ -118,37 +115,35 @@ class Task:
     about: str  # a few words for the table
     n_way: int
     labels: np.ndarray  # (Q,) classes 0..N-1 of the query, the same in all draws
-    examples: list  # sentences, or windows (L,) of ids
-    positions: list  # where each window is read; empty for sentences, which are read at their end
+    examples: list  # sentences, read at their ends; or pairs of a window (L,) of ids and where it is read
     draws: dict  # K -> E pairs of numbers of examples: support (N*K,), query (Q,)
     table: dict  # K -> {row of the table: accuracies (E,)}; begins with the baselines
 
 def word_tasks(config, trained, corpus):
     """Which word is masked? With seed 0, on the episodes of training's evaluations."""
     names = "pool_tokens n_way q_query episode_len readout word_min_count word_max_count".split()
-    options = {name: trained[name] for name in names} | {"eot": corpus.eot, "mask": corpus.mask}
-    options |= {"pool_seed": 0, "seed": config.seed}
+    options = {name: trained[name] for name in names}
     vectors = bigram_vectors(corpus) if corpus.vocab_size <= 8192 else None
     N, Q, E = trained["n_way"], trained["q_query"], config.n_episodes
-    tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [], [], {}, {})
+    tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [], {}, {})
              for name in ("held-out words", "seen words")]
     for k in config.shots:
-        pools = smlmt.Pools(corpus.val, corpus.token_bytes, k_shot=k, **options)
+        pools = smlmt.Pools(corpus.val, corpus.token_bytes, k_shot=k, pool_seed=0, seed=config.seed,
+                            eot=corpus.eot, mask=corpus.mask, **options)
         for task, heldout in zip(tasks, (True, False), strict=True):
             if problem := pools.problem(heldout):
                 print(f"left out: no episodes of {task.name} with K = {k}: {problem}")
                 continue
-            episodes, parts = [pools.sampler(0).episode(e, heldout) for e in range(E)], []
-            for part in ("support", "query"):
-                windows = np.concatenate([getattr(episode, part) for episode in episodes])  # (E*M, L)
-                parts.append((len(task.examples) + np.arange(len(windows))).reshape(E, -1))
-                task.examples += list(windows)
-                task.positions += [at for episode in episodes for at in getattr(episode, f"{part}_pos")]
-            task.draws[k] = list(zip(*parts, strict=True))
-            task.table[k] = {"majority class": np.full(E, 1 / N)}
+            episodes = [pools.sampler(0).episode(e, heldout) for e in range(E)]
+            task.table[k], task.draws[k] = {"majority class": np.full(E, 1 / N)}, []
             if vectors is not None:
                 shares = [bigram_accuracy(vectors, episode, corpus.mask) for episode in episodes]
                 task.table[k]["bigram prototypes"] = np.array(shares)
+            for episode in episodes:
+                numbers = len(task.examples) + np.arange(N * (k + Q))
+                task.draws[k].append((numbers[: N * k], numbers[N * k :]))
+                task.examples += zip(episode.support, episode.support_pos, strict=True)
+                task.examples += zip(episode.query, episode.query_pos, strict=True)
     return [task for task in tasks if task.draws]
 
 def sentence_tasks(config):
@@ -176,40 +171,40 @@ def sentence_task(config, name, train, test):
     classes, train_labels, counts = np.unique(train_names, return_inverse=True, return_counts=True)
     if set(classes) != set(test_names) or not all(isinstance(text, str) for text, _ in train + test):
         raise ValueError("training and test have different classes, or not every row has a text")
-    of_class, support = [np.flatnonzero(train_labels == c) for c in range(len(classes))], {}
+    of_class, draws = [np.flatnonzero(train_labels == c) for c in range(len(classes))], {}
     for k in config.shots:
-        rngs = [np.random.default_rng((config.seed, k, e)) for e in range(config.n_episodes)]
-        chosen = [[rng.choice(rows, k, replace=False) for rows in of_class] for rng in rngs]  # (E, N, K)
-        support[k] = np.reshape(chosen, (len(rngs), -1))
-    used = np.unique(np.concatenate([rows.ravel() for rows in support.values()]))  # only these are read
-    examples = [train[i][0] for i in used] + [text for text, _ in test]
-    query = len(used) + np.arange(len(test))
-    draws = {k: [(np.searchsorted(used, row), query) for row in rows] for k, rows in support.items()}
+        draws[k] = []
+        for e in range(config.n_episodes):
+            rng = np.random.default_rng((config.seed, k, e))
+            support = np.concatenate([rng.choice(rows, k, replace=False) for rows in of_class])
+            draws[k].append((support, len(train) + np.arange(len(test))))
     labels = np.searchsorted(classes, test_names)
     majority = np.full(config.n_episodes, (labels == counts.argmax()).mean())
-    return Task(name, f"{len(classes)} classes, {len(test):,} test sentences", len(classes), labels, examples,
-                [], draws, {k: {"majority class": majority} for k in config.shots})
+    return Task(name, f"{len(classes)} classes, {len(test):,} test sentences", len(classes), labels,
+                [text for text, _ in train + test], draws, {k: {"majority class": majority} for k in draws})
 
 def evaluate(task, name, loaded):
     """Add the accuracies of a model's classifiers to the table of a task."""
-    trained, model, tokenizer = loaded.settings, loaded.model, loaded.tokenizer
-    rows, positions = task.examples, task.positions
-    if not positions:  # sentences: the ends of long ones
+    trained, model, tokenizer = asdict(TrainConfig()) | loaded.settings, loaded.model, loaded.tokenizer
+    labels = torch.from_numpy(task.labels)
+    drawn = np.unique(np.concatenate([of_part for draw in sum(task.draws.values(), []) for of_part in draw]))
+    rows = [task.examples[i] for i in drawn]  # only these are read
+    if isinstance(rows[0], str):  # the ends of long sentences
         after = [tokenizer.mask] if trained["readout"] == "mask" else []
         rows = [[tokenizer.eot, *ids] for ids in tokenizer.encode_ordinary_batch(rows)]
         rows = [row[-model.config.block_size + len(after) :] + after for row in rows]
-        positions = [len(row) - 1 for row in rows]
-    x = features(model, rows, positions)  # (n, C)
+        rows = [(row, len(row) - 1) for row in rows]
+    x = features(model, *zip(*rows, strict=True))  # (n, C)
     shape = model.config.d_model, task.n_way, trained["head_layers"], trained["head_hidden"]
     head = maml.fresh_head(loaded.head, task.n_way) if loaded.head else maml.init_head(*shape)
     head = {key: p.to(x.device) for key, p in head.items()}
     inner = head, trained["inner_lr"] * task.n_way, trained["inner_steps"] or 10
-    for k, draws in task.draws.items():
-        y, labels = torch.arange(task.n_way).repeat_interleave(k).to(x.device), torch.from_numpy(task.labels)
-        for classifier, answer in CLASSIFIERS.items():
-            right = [answer(x[support], y, x[query], *inner).cpu() == labels for support, query in draws]
-            accuracies = torch.stack(right).float().mean(1).double().numpy()  # (E,)
-            task.table[k][f"{name}, {classifier}"] = accuracies
+    for (k, draws), (classifier, answer) in product(task.draws.items(), CLASSIFIERS.items()):
+        y, accuracies = torch.arange(task.n_way, device=x.device).repeat_interleave(k), []
+        for draw in draws:
+            support, query = (x[np.searchsorted(drawn, of_part)] for of_part in draw)
+            accuracies.append((answer(support, y, query, *inner).cpu() == labels).float().mean().item())
+        task.table[k][f"{name}, {classifier}"] = np.array(accuracies)  # (E,)
 
 def summary(rows, first, others):
     """Mean and interval of each row of a table; also of the differences of each model to the first."""
@@ -222,15 +217,14 @@ def main():
     config.shots = sorted({int(k) for k in config.shots.split(",")})
     device = choose_device("auto")
     models = load_models(words, None if config.step == -1 else config.step, device)
-    models = {word: loaded._replace(settings=asdict(TrainConfig()) | loaded.settings)  # others' have none
-              for word, loaded in models.items()}
     first = models[words[0]]
-    folder = config.corpus or f"{first.settings['data_dir']}/{first.settings['dataset']}"
+    trained = asdict(TrainConfig()) | first.settings  # others' models have none
+    folder = config.corpus or f"{trained['data_dir']}/{trained['dataset']}"
     problem = next(filter(None, (corpus_problem(loaded, folder) for loaded in models.values())), "")
     if problem:
         print(f"left out: {problem}")
     tasks = sentence_tasks(config) if config.data else []
-    tasks = ([] if problem else word_tasks(config, first.settings, load_corpus(folder))) + tasks
+    tasks = ([] if problem else word_tasks(config, trained, load_corpus(folder))) + tasks
     if not tasks:
         fail(problem or "no episodes can be drawn, for the reasons above; change --shots or --corpus")
     torch.manual_seed(config.seed)
@@ -245,9 +239,8 @@ def main():
     for task in tasks:
         shots = {k: summary(rows, first, others) for k, rows in task.table.items()}
         results["tasks"][task.name] = {"about": task.about, "n_way": task.n_way, "shots": shots}
-        table = pd.DataFrame(shots).rename(columns="K = {}".format)
-        table = table.map(lambda cell: f"{cell['mean']:.4f} ± {cell['ci95']:.4f}").to_string()
-        print(f"\n{task.name}: {task.about}\n{table}")
+        table = pd.DataFrame(shots).map("{0[mean]:.4f} ± {0[ci95]:.4f}".format)
+        print(f"\n{task.name}: {task.about}\n{table.rename(columns='K = {}'.format).to_string()}")
     write_atomic(f"{words[0]}/fewshot.json", json.dumps(results, indent=2))
     figures.save(figures.few_shot(results, list(systems)), f"{words[0]}/fewshot.png")
     print(f"\nwritten {words[0]}/fewshot.json and .png")

@@ -10,20 +10,20 @@ Unlike in the paper (arxiv.org/abs/2311.09122) a word is tagged at its last subw
 causal model has read it, or in a second copy of the sentence (`twice`).
 """
 import copy
-import functools
 import json
 import re
 import sys
-import zlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Literal
 from urllib.request import urlopen
 
 from plumbing import figures, settings  # before torch: Ctrl-C is quiet soon
-from plumbing.files import ROOT, fail, read_json, reading, reason, write_atomic
+from plumbing.files import ROOT, fail, read_json, reading, write_atomic
 from plumbing.settings import Count, Positive, Whole
 
 import numpy as np
@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 from seqeval.metrics import classification_report
 from seqeval.scheme import IOB2, Entities
+from torch.optim import AdamW
 from tqdm import tqdm
 
 from model import Llama
@@ -47,6 +48,7 @@ TYPES = ("PER", "ORG", "LOC")
 TAGS = ("O", *(f"{prefix}-{kind}" for kind in TYPES for prefix in "BI"))
 OUR_TAG = {tag: tag for tag in TAGS} | {"B-OTH": "O", "I-OTH": "O", "B-O": "O"}  # as in the published loader
 Sentence = namedtuple("Sentence", "words tags text")  # tags: one of TAGS a word. text: as written, or ""
+Row = namedtuple("Row", "ids at tags")  # tuples: end-of-text and tokens, columns that are tagged, their tags
 
 @dataclass
 class Config:
@@ -75,42 +77,35 @@ def read_iob2(path):
         for block in re.split(r"\n *\n", Path(path).read_text("utf8")):
             rows = [line.split("\t") for line in block.split("\n") if line.strip(" ") and line[0] != "#"]
             if rows:
-                _, words, tags, _, _ = map(list, zip(*rows, strict=True))
+                index, words, tags, _, _ = map(list, zip(*rows, strict=True))
+                if index != [str(i + 1) for i in range(len(rows))]:
+                    raise ValueError(f"words have the indices {' '.join(index)}")
                 text = "".join(re.findall("^# text =(.*)", block, re.MULTILINE)).strip()
                 sentences.append(Sentence(words, [OUR_TAG[tag] for tag in tags], text))
     return sentences or fail(f"{path} holds no words; delete it and fetch it again")
 
 def read_sets(config, wanted, known, splits):
-    """{set: the sentences of each split that it has} of the sets wanted, fetched if need be."""
+    """{set: the sentences of each split} of the sets wanted, fetched if need be; "all" is those at hand."""
     folder, sets = Path(config.uner_dir or ROOT / "data/uner"), {}
     folder.mkdir(parents=True, exist_ok=True)
     for name in known if wanted == "all" else wanted.split(","):
         paths = [folder / f"{name}-ud-{split}.iob2" for split in splits]
         for path in [path for path in paths if not (path.exists() or config.uner_dir)]:
             url = f"https://raw.githubusercontent.com/UniversalNER/UNER_{SETS.get(name)}/HEAD/{path.name}"
-            try:
+            with reading(url, f"put it into {folder} yourself, or take what is there: --uner_dir={folder}"):
                 write_atomic(path, urlopen(url, timeout=30).read())
-            except OSError as error:
-                if getattr(error, "code", 0) != 404:  # not every split is published
-                    fail(f"cannot fetch {url}: {reason(error)}; put the file into {folder} yourself, "
-                         f"or take what is there with --uner_dir={folder}")
-        sets[name] = [read_iob2(path) for path in paths if path.exists()]
-        if not sets[name] and wanted != "all":
-            fail(f"{folder} has no {' or '.join(splits)} file of {name}; sets are {', '.join(known)}")
-    return {name: parts for name, parts in sets.items() if parts} or fail(f"no set has files in {folder}")
+        if all(path.exists() for path in paths):
+            sets[name] = list(map(read_iob2, paths))
+        elif wanted != "all":
+            fail(f"{folder} has no {' and '.join(splits)} file of {name}; sets are {', '.join(known)}")
+    return sets or fail(f"{folder} has no set's {' and '.join(splits)} file")
 
 def load_sets(config):
     """Sentences to tune on, sentences to stop by, and {set: sentences} to test on."""
-    train, dev, tests = [], [], read_sets(config, config.test, SETS, ["test"])
+    tests = read_sets(config, config.test, SETS, ["test"])
     tuned = read_sets(config, config.train, TUNED, ["train", "dev"])
     print(f"tuning on {', '.join(tuned)}, testing on {', '.join(tests)}", file=sys.stderr)
-    for name, parts in tuned.items():
-        if len(parts) == 1:
-            print(f"note: {name} has only one of train and dev: a tenth of it serves as dev", file=sys.stderr)
-            [only], parts = parts, ([], [])
-            for sentence in only:  # whatever their order: the same tenth
-                parts[zlib.crc32(" ".join(sentence.words).encode()) % 10 == 0].append(sentence)
-        train, dev = train + parts[0], dev + parts[1]
+    train, dev = (sum(parts, []) for parts in zip(*tuned.values(), strict=True))
     return train, dev, {name: sentences for name, [sentences] in tests.items()}
 
 def few(sentences, shots, seed):
@@ -120,12 +115,6 @@ def few(sentences, shots, seed):
         holding = [i for i, s in enumerate(sentences) if f"B-{kind}" in s.tags and i not in chosen]
         chosen += rng.choice(holding, min(shots, len(holding)), replace=False).tolist()
     return [sentences[i] for i in chosen]
-
-@dataclass(eq=False)  # so that it can be the key of a cache
-class Rows:
-    ids: list  # for each row: end-of-text, then the tokens of a sentence or of a window of it
-    at: list  # for each row: the columns where its words are tagged
-    tags: list  # for each row: the tags of these words, as indices of TAGS
 
 def pieces_of(tokenizer, sentence):
     """The tokens of each word, with a space before it unless the text has none there, as before commas."""
@@ -147,7 +136,7 @@ def windows(sizes, room):
 
 def rows_of(tokenizer, sentences, config):
     """Rows of at most config.length tokens. Each word is tagged in one row; the words keep their order."""
-    rows, copies, last = Rows([], [], []), 1 + config.twice, config.label_at == "last"
+    rows, copies, last = [], 1 + config.twice, config.label_at == "last"
     room = (config.length - 1) // copies
     for sentence in sentences:
         pieces = [piece[-room:] if last else piece[:room] for piece in pieces_of(tokenizer, sentence)]
@@ -155,54 +144,49 @@ def rows_of(tokenizer, sentences, config):
         for start, first, stop in windows(sizes, room):
             shown = sum(pieces[start:stop], [])
             begin = 1 + (copies - 1) * len(shown) + np.cumsum([0] + sizes[start:stop])  # (words + 1,)
-            at = begin[1:] - 1 if last else begin[:-1]
-            rows.ids.append([tokenizer.eot] + copies * shown)
-            rows.at.append(at[first - start :].tolist())
-            rows.tags.append([TAGS.index(tag) for tag in sentence.tags[first:stop]])
+            at = (begin[1:] - 1 if last else begin[:-1])[first - start :].tolist()
+            rows.append(Row((tokenizer.eot, *copies * shown), tuple(at), tuple(sentence.tags[first:stop])))
     return rows
 
-def batches(rows, size, rng=None):
-    """All row numbers in lists of `size`, rows of like length together; with `rng` otherwise shuffled."""
-    length = np.array([len(ids) for ids in rows.ids])
-    order = np.argsort(length if rng is None else length * rng.uniform(0.8, 1.25, len(length)), kind="stable")
+def batches(rows, size, rng):
+    """All rows in lists of `size`, otherwise shuffled: rows of about equal length stand together."""
+    order = np.argsort([len(row.ids) * rng.uniform(0.8, 1.25) for row in rows], kind="stable")
     parts = np.split(order, range(size, len(order), size))
-    parts = parts if rng is None else [parts[i] for i in rng.permutation(len(parts))]
-    return tqdm(parts, unit=" batches", leave=False, disable=None)
+    for i in tqdm(rng.permutation(len(parts)), unit=" batches", leave=False, disable=None):
+        yield [rows[j] for j in parts[i]]
 
-@torch.no_grad()
-def for_each_row(function, rows):
-    """function(which) -> (words, ...) of all rows, computed in batches: a list of one tensor for each row."""
-    outputs = {}
-    for which in batches(rows, 32):
-        outputs.update(zip(which, function(which).split([len(rows.at[i]) for i in which]), strict=True))
-    return [outputs[i] for i in range(len(rows.ids))]
-
-def word_features(model, rows, which):
-    """Features (words, C), float32, of the words in the rows numbered `which`."""
-    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows.ids[i]) for i in which], batch_first=True)
-    row, column = torch.tensor([(b, t) for b, i in enumerate(which) for t in rows.at[i]]).T  # (words,) each
+def word_features(model, rows):
+    """Features (words, C), float32, of the words that the rows tag."""
+    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    row, column = torch.tensor([(b, t) for b, row in enumerate(rows) for t in row.at]).T  # (words,) each
     return model.features(idx.to(next(model.parameters()).device))[row, column].float()
 
 def frozen(model):
-    """word_features of a model that does not change: those of a set are computed once, at its first use."""
-    features = functools.cache(lambda rows: for_each_row(functools.partial(word_features, model, rows), rows))
-    return lambda rows, which: torch.cat([features(rows)[i] for i in which])
+    """word_features of a model that does not change: those of a row are computed once."""
+    known = {}
+
+    @torch.no_grad()
+    def read(rows):
+        if new := [row for row in rows if row not in known]:
+            known.update(zip(new, word_features(model, new).split([len(row.at) for row in new]), strict=True))
+        return torch.cat([known[row] for row in rows])
+
+    return read
 
 def tune(config, read, backbone, d_model, train, dev, dev_sentences, seed):
-    """Tune a linear head on read(rows, which) -> (words, d_model), and `backbone`: (head, dev F1, epoch)."""
+    """Tune a linear head on read(rows) -> (words, d_model), and `backbone`: (head, dev F1, epoch)."""
     rng, head = np.random.default_rng(seed), torch.nn.Linear(d_model, len(TAGS)).to(config.device)
     weight = torch.from_numpy(rng.normal(0, 0.02, head.weight.shape))
     head.load_state_dict({"weight": weight, "bias": torch.zeros(len(TAGS))})
     tuned, epochs = [*backbone, *head.parameters()], config.epochs if backbone else config.head_epochs
-    optimizer = torch.optim.AdamW([{"params": head.parameters(), "lr": config.head_lr},
-                                   {"params": backbone, "lr": config.lr}])
-    steps = epochs * -(-len(train.ids) // config.batch_size)
+    optimizer = AdamW([{"params": backbone, "lr": config.lr}, {"params": head.parameters()}], config.head_lr)
+    steps = epochs * -(-len(train) // config.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     best, best_epoch = -1.0, 0
     for epoch in range(1, epochs + 1):
-        for which in batches(train, config.batch_size, rng):
-            labels = torch.tensor(sum([train.tags[i] for i in which], []), device=config.device)
-            loss = torch.nn.functional.cross_entropy(head(read(train, which)), labels)  # mean over words
+        for rows in batches(train, config.batch_size, rng):
+            labels = torch.tensor([TAGS.index(tag) for row in rows for tag in row.tags], device=config.device)
+            loss = torch.nn.functional.cross_entropy(head(read(rows)), labels)  # mean over words
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(tuned, 1.0)
@@ -216,10 +200,15 @@ def tune(config, read, backbone, d_model, train, dev, dev_sentences, seed):
     torch.nn.utils.vector_to_parameters(kept, tuned)
     return head, best, best_epoch
 
+@torch.no_grad()
 def predict(read, head, rows, sentences):
     """The tags of each of the sentences that the rows were made of: one for each word."""
-    tags = torch.cat(for_each_row(lambda which: head(read(rows, which)).argmax(-1), rows))
-    return [[TAGS[tag] for tag in part.tolist()] for part in tags.split([len(s.words) for s in sentences])]
+    tags = {}  # of each row
+    for batch in batches(rows, 32, np.random.default_rng(0)):
+        answers = head(read(batch)).argmax(-1).split([len(row.at) for row in batch])
+        tags.update(zip(batch, answers, strict=True))
+    parts = torch.cat([tags[row] for row in rows]).split([len(s.words) for s in sentences])
+    return [[TAGS[tag] for tag in part.tolist()] for part in parts]
 
 def score(sentences, tags):
     """seqeval's micro F1, precision, recall over entities and F1 by type: strict IOB2, and as conlleval."""
@@ -250,18 +239,18 @@ def evaluate(config, folder, label, loaded, data):
     (train, dev, tests), tokenizer, model, results = data, loaded.tokenizer, loaded.model, {}
     folder, read_frozen = Path(folder) / "ner", frozen(model)
     folder.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be written ends it
-    all_rows, dev_rows = rows_of(tokenizer, train, config), rows_of(tokenizer, dev, config)
+    dev_rows = rows_of(tokenizer, dev, config)
     test_rows = {name: rows_of(tokenizer, sentences, config) for name, sentences in tests.items()}
     tuning = config.lr, config.head_lr, config.batch_size, config.epochs, config.head_epochs, config.patience
     weights = [torch.hash_tensor(weight.cpu()).item() for weight in model.state_dict().values()]
-    modes, seeds = ["head", "full"] if config.mode == "both" else [config.mode], 5 if config.shots else 1
-    for mode, seed in [(mode, seed) for mode in modes for seed in range(config.seeds or seeds)]:
-        rows = rows_of(tokenizer, few(train, config.shots, seed), config) if config.shots else all_rows
+    modes = ["head", "full"] if config.mode == "both" else [config.mode]
+    for mode, seed in product(modes, range(config.seeds or (5 if config.shots else 1))):
+        rows = rows_of(tokenizer, few(train, config.shots, seed) if config.shots else train, config)
         key = sha256(repr((tuning, mode, seed, weights, rows, dev_rows, test_rows)).encode()).hexdigest()[:12]
         path = folder / f"{config.train.replace(',', '+')}-{mode}-{label}-seed{seed}-{key}.json"
         if not path.exists():
-            tuned = copy.deepcopy(model) if mode == "full" else model
-            read = functools.partial(word_features, tuned) if mode == "full" else read_frozen
+            tuned = copy.deepcopy(model)
+            read = partial(word_features, tuned) if mode == "full" else read_frozen
             backbone = [p for p in tuned.parameters() if mode == "full" and p is not tuned.unembedding.weight]
             head, f1, epoch = tune(config, read, backbone, model.config.d_model, rows, dev_rows, dev, seed)
             sets = {name: score(s, predict(read, head, test_rows[name], s)) for name, s in tests.items()}
@@ -273,23 +262,23 @@ def evaluate(config, folder, label, loaded, data):
 def table(systems, tests):
     """A dict for each mode, test set and system, and for each difference of the first model, systems[1]."""
     rows, (_, first, *others) = [], systems
-    for mode, name in [(mode, name) for mode in systems[first] for name in tests]:
-        cells = {"all O": [score(tests[name], [["O"] * len(s.words) for s in tests[name]])]}
-        cells |= {system: [seed["sets"][name] for seed in systems[system][mode]] for system in systems}
-        samples = {system: resampled(cell) for system, cell in cells.items()}
-        f1, shared = {}, {"mode": mode, "set": name, "entities": cells["all O"][0]["entities"]}
-        for system, cell in cells.items():
-            row = {f"{scheme} {key}": np.mean([result[scheme][key] for result in cell])
-                   for scheme in ("strict", "conlleval") for key in cell[0][scheme]}
-            row["f1"] = f1[system] = row["strict f1"]
-            row["deviation"] = np.std([r["strict"]["f1"] for r in cell], ddof=1) if len(cell) > 1 else None
-            row["interval"] = np.quantile(samples[system], [0.025, 0.975]).tolist()
-            rows.append(shared | {"system": system} | row)
+    nothing = {name: score(s, [["O"] * len(one.words) for one in s]) for name, s in tests.items()}
+    systems = {"all O": dict.fromkeys(systems[first], [{"sets": nothing}])} | systems
+    for mode, name in product(systems[first], tests):
+        f1, samples, columns = {}, {}, {}
+        for system, of_mode in systems.items():
+            cell = [seed["sets"][name] for seed in of_mode[mode]]
+            scores = pd.json_normalize(cell, sep=" ").filter(like=" ")  # a row for each seed: strict f1, ...
+            f1[system], samples[system] = scores["strict f1"].mean(), resampled(cell)
+            deviation = scores["strict f1"].std() if len(cell) > 1 else None
+            columns[system] = {"deviation": deviation} | scores.mean().to_dict()
         for other in others:
-            difference = samples[first] - samples[other]
-            row = {"f1": f1[first] - f1[other], "deviation": None, "p": p_value(difference)}
-            row["interval"] = np.quantile(difference, [0.025, 0.975]).tolist()
-            rows.append(shared | {"system": f"{first} - {other}"} | row)
+            difference = f"{first} - {other}"
+            f1[difference], samples[difference] = f1[first] - f1[other], samples[first] - samples[other]
+            columns[difference] = {"deviation": None, "p": p_value(samples[difference])}
+        rows += [{"mode": mode, "set": name, "entities": nothing[name]["entities"], "system": system,
+                  "f1": f1[system], "interval": np.quantile(samples[system], [0.025, 0.975]).tolist()}
+                 | columns[system] for system in columns]
     return rows
 
 def main(argv=None):

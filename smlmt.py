@@ -25,7 +25,6 @@ import string
 import textwrap
 import zlib
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -88,18 +87,16 @@ def pool(tokens, pool_tokens, seed, refresh, *, eot):
     """
     if len(tokens) <= pool_tokens:
         return np.array(tokens)
-    if pool_tokens < STRETCHES:
-        raise ValueError(f"pool_tokens={pool_tokens} must be at least {STRETCHES}")
 
     def next_document(i, block=2**16):  # where the first document at or after token i starts
-        while 0 < i < len(tokens):
-            ends = np.flatnonzero(tokens[i - 1 : i - 1 + block] == eot)
-            if len(ends):
-                return i + int(ends[0])
-            i += block
-        return min(i, len(tokens))
+        if i == 0:
+            return 0
+        for before in range(i - 1, len(tokens), block):
+            if len(ends := np.flatnonzero(tokens[before : before + block] == eot)):
+                return before + 1 + int(ends[0])
+        return len(tokens)
 
-    cell = pool_tokens // STRETCHES
+    cell = max(1, pool_tokens // STRETCHES)
     n_cells = -(-len(tokens) // cell)
     cells = np.sort(generator(seed, refresh).choice(n_cells, STRETCHES, replace=False)).tolist()
     text = np.concatenate([tokens[next_document(c * cell) : next_document((c + 1) * cell)] for c in cells])
@@ -136,36 +133,27 @@ class Pools:
 # --------------------------------------------------------------------------------------------------
 # The sampler
 
-class Vocabulary(NamedTuple):
-    """What tokens say about words, as arrays with an entry for each id."""
-    begins: np.ndarray   # bool: the token begins with a letter
-    ends: np.ndarray     # bool: it ends with a letter
-    several: np.ndarray  # bool: it holds several words
-    is_form: np.ndarray  # bool: it is a space and letters, " word"
-    form_of: np.ndarray  # the number of its word, if it holds one word and that is a form; else -1
-    forms: dict          # form -> its token id. Forms are numbered in this order
+class Vocabulary:
+    """What `size` tokens, of which the first are the ordinary ones, say about words: an entry for each id."""
 
-def read_vocabulary(token_bytes, size):
-    """The Vocabulary of `size` ids, of which the first are the ordinary tokens."""
-    texts = [piece.decode("utf-8", "surrogateescape") for piece in token_bytes]
-    texts += [""] * (size - len(texts))
-    words = [words_of(text) for text in texts]
+    def __init__(self, token_bytes, size):
+        texts = [piece.decode("utf-8", "surrogateescape") for piece in token_bytes]
+        texts += [""] * (size - len(texts))
+        words = [words_of(text) for text in texts]
 
-    def is_letter(c):  # a stray byte may be a piece of a letter and so counts as one
-        return c.isalpha() or "\udc80" <= c <= "\udcff"
+        def is_letter(c):  # a stray byte may be a piece of a letter and so counts as one
+            return c.isalpha() or "\udc80" <= c <= "\udcff"
 
-    is_form = np.array([text[:1] == " " and text[1:].isalpha() for text in texts])
-    forms = {}
-    for i in np.flatnonzero(is_form).tolist():
-        forms.setdefault(words[i][0], i)  # of " the" and " The" the lower id, the commoner one in BPE
-    number = {form: c for c, form in enumerate(forms)}
-    return Vocabulary(
-        begins=np.array([is_letter(text[:1]) for text in texts]),
-        ends=np.array([is_letter(text[-1:]) for text in texts]),
-        several=np.array([len(w) > 1 for w in words]),
-        is_form=is_form,
-        form_of=np.array([number.get(w[0], -1) if len(w) == 1 else -1 for w in words], np.int32),
-        forms=forms)
+        self.begins = np.array([is_letter(text[:1]) for text in texts])  # bool: with a letter
+        self.ends = np.array([is_letter(text[-1:]) for text in texts])
+        self.several = np.array([len(of_token) > 1 for of_token in words])  # bool: it holds several words
+        self.is_form = np.array([text[:1] == " " and text[1:].isalpha() for text in texts])  # bool: " word"
+        self.forms = {}  # form -> its token id. Forms are numbered in this order
+        for i in np.flatnonzero(self.is_form).tolist():
+            self.forms.setdefault(words[i][0], i)  # of " the" and " The" the lower id, in BPE the commoner
+        number = {form: c for c, form in enumerate(self.forms)}
+        # the number of a token's word, if it holds one word and that is a form; else -1
+        self.form_of = np.array([number.get(w[0], -1) if len(w) == 1 else -1 for w in words], np.int32)
 
 class Sampler:
     """Draws episodes from a pool of text. Making one indexes the pool; an episode then is a few gathers.
@@ -192,14 +180,10 @@ class Sampler:
         self.episode_len, self.readout = episode_len, readout
         self.word_min_count, self.word_max_count = word_min_count, word_max_count
         # The index: where words are, from where to where their windows reach, and the groups of windows.
-        size = 1 + max(len(token_bytes), eot, mask, int(tokens.max(initial=0)))
-        vocabulary = read_vocabulary(token_bytes, size)
+        vocabulary = Vocabulary(token_bytes, 1 + max(len(token_bytes), eot, mask, int(tokens.max(initial=0))))
         self.canonical = np.array(list(vocabulary.forms.values()), np.int64)  # (forms,) their token ids
-        heldout = np.array([is_heldout(word) for word in vocabulary.forms], bool)
-        starts, place, form, whole = self._index_words(vocabulary, token_bytes)
-        form, doc_start = self._index_windows(starts, place, form, whole)
-        self._index_groups(form, doc_start, heldout)
-        self._check_enough_words(heldout=False)
+        self._index_windows(*self._index_words(vocabulary, token_bytes))
+        self._index_groups(np.array([is_heldout(word) for word in vocabulary.forms], bool))
 
     def _index_words(self, vocabulary, token_bytes):
         """Finds the forms in the text. Returns
@@ -221,13 +205,12 @@ class Sampler:
         form, whole = v.form_of[first], v.is_form[first]
 
         # The others, " TH" "E" or the bytes of a letter, are read, each different one once.
-        raw, width, known, place_read, form_read = tokens.tobytes(), tokens.itemsize, {}, [], []
+        known, place_read, form_read = {}, [], []
         for start, end in zip(starts[:-1][~single].tolist(), starts[1:][~single].tolist(), strict=True):
-            chunk = raw[start * width : end * width]
+            chunk = tokens[start:end].tobytes()
             if chunk not in known:
-                pieces = (token_bytes[i] for i in np.frombuffer(chunk, tokens.dtype))
-                words = words_of(b"".join(pieces).decode("utf-8", "replace"))
-                known[chunk] = [v.form_of[v.forms[word]] for word in words if word in v.forms]
+                text = b"".join(token_bytes[i] for i in tokens[start:end]).decode("utf-8", "replace")
+                known[chunk] = [v.form_of[v.forms[word]] for word in words_of(text) if word in v.forms]
             form_read += known[chunk]
             place_read += [start] * len(known[chunk])
         place = np.concatenate([place, np.array(place_read, np.int64)])
@@ -235,10 +218,7 @@ class Sampler:
         return starts, place, form, np.append(whole, np.zeros(len(place_read), bool))
 
     def _index_windows(self, starts, place, form, whole):
-        """Sets place, lo, hi and doc of each window: the mask, the tokens lo to hi - 1, the document.
-
-        Returns the form of each window, and where its document starts.
-        """
+        """Sets `windows`: form, document and its start, place of the mask, and lo, hi of the tokens lo:hi."""
         n, L = len(self.tokens), self.episode_len
         is_eot = self.tokens == self.eot
         doc_end = np.append(np.flatnonzero(is_eot), n)  # (documents + 1,) where the end-of-text id stands
@@ -269,76 +249,68 @@ class Sampler:
         hi = np.minimum.reduce([place + 1 + after, doc_end[doc], following])
         hi = starts[np.searchsorted(starts, hi, side="right") - 1]  # the last start up to hi
         usable = np.flatnonzero(whole & (hi - lo >= MIN_WINDOW) & (2 * (hi - place - 1) >= after))
-        self.place, self.lo, self.hi, self.doc = place[usable], lo[usable], hi[usable], doc[usable]
-        return form[usable], doc_start[self.doc]
+        columns = dict(form=form, doc=doc, doc_start=doc_start[doc], place=place, lo=lo, hi=hi)
+        self.windows = np.rec.fromarrays(columns.values(), names=list(columns))[usable]
 
-    def _index_groups(self, form, doc_start, heldout):
+    def _index_groups(self, heldout):
         """Sorts the windows into groups, of which an episode uses each at most once.
 
         A group is the windows of a word in one document or, for a word in too few documents, in one cell of a
         document. Of the cells of FAR + L tokens every other is left out: windows are then at least FAR apart.
         """
-        n_forms, windows_per_word = len(self.canonical), self.k_shot + self.q_query
-        documents = np.bincount(form[changes(form, self.doc)], minlength=n_forms)  # with windows of a form
-        cell = (self.place - doc_start) // (FAR + self.episode_len)
-        cell = np.where((documents < windows_per_word)[form], cell, 0)
-        even = np.flatnonzero(cell % 2 == 0)
-        self.place, self.lo, self.hi = self.place[even], self.lo[even], self.hi[even]
-        self.doc, form, cell = self.doc[even], form[even], cell[even]
-        new_group = changes(form, self.doc, cell)
-        self.group_start = np.flatnonzero(new_group)  # (groups,) into self.place
-        self.group_size = np.diff(self.group_start, append=len(form))
-        self.n_groups = np.bincount(form[new_group], minlength=n_forms)  # (forms,)
+        w, n_forms, windows_per_word = self.windows, len(self.canonical), self.k_shot + self.q_query
+        documents = np.bincount(w.form[changes(w.form, w.doc)], minlength=n_forms)  # with windows of a form
+        cell = (w.place - w.doc_start) // (FAR + self.episode_len)
+        cell = np.where((documents < windows_per_word)[w.form], cell, 0)
+        even = cell % 2 == 0
+        self.windows, cell = w[even], cell[even]
+        new_group = changes(self.windows.form, self.windows.doc, cell)
+        self.group_start = np.flatnonzero(new_group)  # (groups,) into self.windows
+        self.group_size = np.diff(self.group_start, append=len(cell))
+        self.n_groups = np.bincount(self.windows.form[new_group], minlength=n_forms)  # (forms,)
         self.first_group = np.cumsum(self.n_groups) - self.n_groups
         enough = self.n_groups >= windows_per_word
         self.words = {False: np.flatnonzero(enough & ~heldout), True: np.flatnonzero(enough & heldout)}
-
-    def _check_enough_words(self, heldout):
-        have, kind = len(self.words[heldout]), "held-out" if heldout else "training"
-        if have < self.n_way:
-            raise ValueError(
-                f"n_way={self.n_way}, but only {have} {kind} words with {self.word_min_count} to "
-                f"{self.word_max_count} occurrences have {self.k_shot} + {self.q_query} windows far enough "
-                "apart; lower n_way, k_shot, q_query or word_min_count, raise word_max_count or pool_tokens")
 
     def episode(self, index, heldout=False):
         """The task of this index, an int or a tuple of ints such as (step, number): the same at every call.
 
         Words are equally likely, and so are the documents of a word.
         """
-        self._check_enough_words(heldout)
-        N, K, Q = self.n_way, self.k_shot, self.q_query
+        N, K, Q, words = self.n_way, self.k_shot, self.q_query, self.words[heldout]
+        if len(words) < N:
+            raise ValueError(
+                f"n_way={N}, but only {len(words)} {'held-out' if heldout else 'training'} words with "
+                f"{self.word_min_count} to {self.word_max_count} occurrences have {K} + {Q} windows far "
+                "enough apart; lower n_way, k_shot, q_query or word_min_count, raise word_max_count or "
+                "pool_tokens")
         rng = generator(self.seed, index, int(heldout))
-        form = rng.choice(self.words[heldout], N, replace=False)  # in random order: position is label
+        form = rng.choice(words, N, replace=False)  # in random order: position is label
         group = self.first_group[form, None] + distinct(rng, self.n_groups[form], K + Q)  # (N, K+Q)
-        window = self.group_start[group] + rng.integers(self.group_size[group])  # (N, K+Q)
-        doc, lo, hi = self.doc[window], self.lo[window], self.hi[window]
-        other_doc = doc[:, :K, None] != doc[:, None, K:]  # (N, K, Q) support against query
-        apart = np.maximum(lo[:, :K, None] - hi[:, None, K:], lo[:, None, K:] - hi[:, :K, None])
+        windows = self.windows[self.group_start[group] + rng.integers(self.group_size[group])]  # (N, K+Q)
+        support, query = windows[:, :K, None], windows[:, None, K:]
+        other_doc = support.doc != query.doc  # (N, K, Q)
+        apart = np.maximum(support.lo - query.hi, query.lo - support.hi)
         assert (other_doc | (apart >= FAR)).all(), f"episode {index}: {apart[~other_doc].min()} tokens apart"
-        support, support_pos = self._cut(window[:, :K], form)
-        query, query_pos = self._cut(window[:, K:], form)
         label = np.arange(N)
+        (support, support_pos), (query, query_pos) = self._cut(windows[:, :K]), self._cut(windows[:, K:])
         return Episode(support, label.repeat(K), support_pos, query, label.repeat(Q), query_pos,
                        words=self.canonical[form], far_share=float(other_doc.all((1, 2)).mean()))
 
-    def _cut(self, window, form):
-        """The windows (N, k) of the words `form` (N,): masked tokens (N*k, L), and where to read (N*k,)."""
-        lo, hi, place = self.lo[window].ravel(), self.hi[window].ravel(), self.place[window].ravel()
+    def _cut(self, windows):
+        """Windows (N, k) as masked tokens (N*k, L), and the columns where to read them (N*k,)."""
+        form, place, lo, hi = (windows[name].ravel() for name in ("form", "place", "lo", "hi"))
         at = lo[:, None] + np.arange(self.episode_len)  # (N*k, L)
         inside = at < hi[:, None]
         text = self.tokens[np.minimum(at, len(self.tokens) - 1)]
         rows = np.where(inside, text, self.eot).astype(np.int64)
         rows[np.arange(len(rows)), place - lo] = self.mask
-        form = form.repeat(window.shape[1])[:, None]
-        times = np.diff(np.searchsorted(self.places, form * len(self.tokens) + np.stack([lo, hi], 1)))
+        ends = form[:, None] * len(self.tokens) + np.stack([lo, hi], 1)
+        times = np.diff(np.searchsorted(self.places, ends))
         assert (times == 1).all(), f"the word stands {times.ravel()} times in its windows, {lo} to {hi}"
         assert ((rows == self.mask).sum(1) == 1).all(), f"masks per window: {(rows == self.mask).sum(1)}"
         assert ((rows == self.eot) == ~inside).all(), f"end-of-text inside the windows {lo} to {hi}"
         return rows, {"before": place - lo - 1, "mask": place - lo, "last": hi - lo - 1}[self.readout]
-
-# --------------------------------------------------------------------------------------------------
-# One task to look at
 
 def show(episode, token_bytes, eot, mask):
     """An episode as text to print: examples with their labels, questions in another order, answers."""
@@ -365,15 +337,15 @@ def main():
     import sys
 
     from plumbing.corpus import load_corpus
-    from plumbing.files import ROOT, fail
+    from plumbing.files import ROOT, reading
     folder = sys.argv[1] if len(sys.argv) > 1 else ROOT / "data" / "docstrings"
     corpus = load_corpus(folder)
-    pools = Pools(corpus.train, corpus.token_bytes, pool_tokens=2_000_000, pool_seed=0, eot=corpus.eot,
-                  mask=corpus.mask, n_way=4, k_shot=2, q_query=1, episode_len=32)
-    if pools.problem():
-        fail(f"{folder}: {pools.problem()}")
+    with reading(f"a task from {folder}", "take a larger corpus"):
+        pools = Pools(corpus.train, corpus.token_bytes, pool_tokens=2_000_000, pool_seed=0, eot=corpus.eot,
+                      mask=corpus.mask, n_way=4, k_shot=2, q_query=1, episode_len=32)
+        episode = pools.sampler(0).episode(0)
     print(f"One task from {folder}: 4 words, 2 examples and 1 question each.\n")
-    print(show(pools.sampler(0).episode(0), corpus.token_bytes, corpus.eot, corpus.mask))
+    print(show(episode, corpus.token_bytes, corpus.eot, corpus.mask))
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,6 @@ training tokens; none is repeated. The hash of a text (in docstrings, of its nam
 Only tokens reach the disk. After Ctrl-C or kill -9 the same command continues, to the same bytes: it reads
 the text (a dataset of the hub: downloads it) from the start, but does not encode again what is done.
 """
-import contextlib
 import hashlib
 import json
 import math
@@ -23,9 +22,9 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from functools import partial
-from itertools import accumulate, chain, islice, pairwise, repeat
+from functools import cache, partial
+from importlib.metadata import distributions
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plumbing, from any working directory
@@ -67,11 +66,9 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
      "max_tokens of several sources needs weights, or the first source would take all"),
     (lambda c: 258 <= c.vocab_size <= 65_536,
      "vocab_size must lie between 258 (bytes and special tokens) and 65536 (what uint16 holds)"),
-    (lambda c: not c.tokenizer or c.vocab_size == 4096, "tokenizer brings its own vocab_size"),
-    (lambda c: 0 < c.val_fraction < 1, "val_fraction must be above 0 and below 1"),
 ]
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's cuts of a text
-COUNTS = ("documents", "tokens", "bytes")
+SPLITS, COUNTS = ("train", "val"), ("documents", "tokens", "bytes")
 SAMPLE = 64_000_000  # characters that a vocabulary is trained on, at most
 BATCH = 4_000_000  # characters that are encoded at a time, unless one document has more
 SAVE = 30  # seconds from one saved state to the next
@@ -110,7 +107,7 @@ def take(documents):
         size += len(document[1])
     return batch
 
-def make_source(item, column, weight):
+def make_source(item, weight, column):
     """The Source that an item of --source means."""
     name, what = re.fullmatch(r"(?:(\w+)=)?(.*)", item, re.DOTALL).groups()
     if what.startswith("hf:"):
@@ -187,11 +184,11 @@ def open_tokenizer(folder):
 
 def describe(name, config, sources):
     """The command and what else its bytes depend on, as plain values."""
-    versions = {"python": sys.version.split()[0]}
-    packages = [] if sources else config.packages.split(",")
-    for package in ("numpy", "tiktoken", "tokenizers", "rustbpe", "datasets", *packages):
-        with contextlib.suppress(PackageNotFoundError):  # stdlib is of Python's own version
-            versions[package] = version(package)
+    packages = ["python", "numpy", "tiktoken", "tokenizers", "rustbpe", "datasets"]
+    packages += [] if config.source else config.packages.split(",")
+    installed = {package.name: package.version for package in distributions()}
+    installed["python"] = sys.version.split()[0]  # which is also stdlib's version
+    versions = {package: installed[package] for package in packages if package in installed}
     paths = [part.args[0] for source in sources for part in source.parts if "data_files" in part.keywords]
     files = [[path, os.path.getsize(path), os.path.getmtime(path)] for path in paths]
     own = {key: setting for key, setting in asdict(config).items() if key not in ("workers", "data_dir")}
@@ -242,23 +239,26 @@ def write_tokens(work, sources, tokenizer, config, save):
     (work / "val.bin").write_bytes(b"".join(path.read_bytes() for path in paths[1:]))
 
 def make_meta(work, sources, tokenizer, asked):
-    """The content of meta.json. In `work` there is one already, which describes the tokenizer."""
+    """The content of meta.json. The one that is in `work` describes the tokenizer."""
     meta = read_json(work / "meta.json")
     sha256 = {name: hashlib.file_digest(open(work / name, "rb"), "sha256").hexdigest()
               for name in ("train.bin", "val.bin", *meta["sha256"])}
     ends = [0, *accumulate(source.done["val"]["tokens"] for source in sources)]
     of_sources = [{"name": source.name, "weight": source.weight, **source.done, "val_range": list(val_range)}
                   for source, val_range in zip(sources, pairwise(ends), strict=True)]
-    splits = {split: {count: total(sources, split, count) for count in COUNTS} for split in ("train", "val")}
+    splits = {split: {count: total(sources, split, count) for count in COUNTS} for split in SPLITS}
     return meta | {
         "name": asked["name"], "splits": splits, "sources": of_sources, "settings": asked["settings"],
         "vocab_size": -(-tokenizer.n_vocab // 64) * 64,  # rounded up: matrix products like multiples of 64
         "versions": asked["versions"], "sha256": sha256,
         "corpus_hash": hashlib.sha256("".join(sha256.values()).encode()).hexdigest()[:12]}
 
-def prepare(folder, asked, config, sources, tokenizer):
-    """Make the files in folder/partial, move them to the folder, and return the content of meta.json."""
+def prepare(name, config, sources, tokenizer):
+    """Make the files in NAME/partial, and when all are there move them to NAME."""
+    folder, asked = Path(config.data_dir, name), describe(name, config, sources)
     work, state_file = folder / "partial", folder / "partial" / "state.json"
+    work.mkdir(parents=True, exist_ok=True)
+    lock(work)
     state = read_json(state_file) if state_file.exists() else {}
     if state.get("asked") != asked:
         begin(work, config, sources, tokenizer)
@@ -267,17 +267,18 @@ def prepare(folder, asked, config, sources, tokenizer):
         source.done = done  # the counts in `state` grow with the source's
     tokenizer = load_tokenizer(work)
     write_tokens(work, sources, tokenizer, config, lambda: write_atomic(state_file, json.dumps(state)))
-    for split in ("train", "val"):
+    for split in SPLITS:
         if not total(sources, split, "documents"):
             fail(f"no document fell to {split}: give more (a .txt file is one), or another --val_fraction")
     meta = make_meta(work, sources, tokenizer, asked)
     write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
-    state_file.unlink(missing_ok=True)
+    state_file.unlink(missing_ok=True)  # from here on there is nothing to resume
     for name in ("meta.json", "tokenizer.tiktoken", *HUB_FILES):  # now there is no corpus, old or new
         (folder / name).unlink(missing_ok=True)
     for name in (*meta["sha256"], "meta.json"):
         os.replace(work / name, folder / name)
-    return meta
+    shutil.rmtree(work, ignore_errors=True)
+    report(meta, folder)
 
 def report(meta, folder):
     train, val = meta["splits"].values()
@@ -293,27 +294,15 @@ def main():
     config, words = settings.load(Config, __doc__, RULES)
     if len(words) != 1 or not re.fullmatch(r"\w[\w.-]*", words[0]):
         fail("give one NAME for the corpus and its folder, of letters, digits, _ . - (see --help)")
-    name, folder = words[0], Path(config.data_dir, words[0])
-    if (name == "docstrings") == bool(config.source):
+    if (words[0] == "docstrings") == bool(config.source):
         fail("docstrings is made of installed packages, any other NAME of --source=PATHS")
     os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # rustbpe's
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
-    sources = list(map(make_source, config.source, repeat(config.column), weights(config)))
-    names = [source.name for source in sources]
-    if len(set(names)) < len(names):
-        fail(f"two sources have one name ({', '.join(names)}): name them, as in --source=danish=da.jsonl")
-    asked, work = describe(name, config, sources), folder / "partial"
-    work.mkdir(parents=True, exist_ok=True)
-    lock(work)
-    try:
-        if name == "docstrings":
-            documents = read_packages(config.packages.split(","), config.workers)
-            sources = [Source(name, [documents.__iter__])]
-        meta = prepare(folder, asked, config, sources, tokenizer)
-    finally:
-        if not (work / "state.json").exists():
-            shutil.rmtree(work, ignore_errors=True)
-    report(meta, folder)
+    sources = [make_source(*pair, config.column) for pair in zip(config.source, weights(config), strict=True)]
+    if len({source.name for source in sources}) < len(sources):
+        fail("two sources have one name: name them, as in --source=danish=da.jsonl")
+    packages = partial(cache(read_packages), tuple(config.packages.split(",")), config.workers)
+    prepare(words[0], config, sources or [Source(words[0], [packages])], tokenizer)
 
 if __name__ == "__main__":
     main()

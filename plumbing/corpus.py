@@ -19,13 +19,8 @@ from plumbing.tokenizer import load_tokenizer
 
 CSV = {"keep_default_na": False}  # a cell that says NA or null is text too
 READERS = {  # suffix of a file -> reader of the library `datasets`, and the reader's options
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", CSV),
-    ".tsv": ("csv", CSV | {"sep": "\t"}),
-    ".txt": ("text", {"sample_by": "document"}),  # a file is one document
-    ".parquet": ("parquet", {}),
-}
+    ".json": ("json", {}), ".jsonl": ("json", {}), ".csv": ("csv", CSV), ".tsv": ("csv", CSV | {"sep": "\t"}),
+    ".txt": ("text", {"sample_by": "document"}), ".parquet": ("parquet", {})}  # a .txt file is one document
 
 def suffix_of(path):
     """The suffix that says what is in a file: .jsonl for A.JSONL.GZ."""
@@ -97,7 +92,6 @@ def read_files(paths, columns):
 @dataclass
 class Corpus:
     """A prepared corpus. train and val are flat arrays of token ids on disk; each document ends with eot."""
-
     train: np.ndarray  # (tokens,) uint16, memory-mapped
     val: np.ndarray  # (tokens,) uint16, memory-mapped
     tokenizer: object  # see plumbing/tokenizer.py

@@ -68,15 +68,11 @@ def phase(arms, x, change_point=None):
         draw_panel(ax, arms, keys, x, change_point)
         ax.set_ylabel(label)
     axes[-1].set_xlabel(AXES[x])
-    figure.align_ylabels()
     axes[0].text(place(logs[0], settings["warmup_steps"], x), 0.02, " warm-up ends", color="0.45", size=8,
                  transform=axes[0].get_xaxis_transform())
     names = [arm.label + f" ({len(arm.runs)} seeds: mean and range)" * (len(arm.runs) > 1) for arm in arms]
-    if len(arms) == 1:
-        figure.suptitle(names[0], size="medium")
-    else:
-        handles = [Line2D([], [], color=f"C{i}") for i in range(len(arms))]
-        figure.legend(handles, names, loc="outside upper center", fontsize="medium")
+    handles = [Line2D([], [], color=f"C{i}", visible=len(arms) > 1) for i in range(len(arms))]  # one: a title
+    figure.legend(handles, names, loc="outside upper center", fontsize="medium")
     return figure
 
 def draw_panel(ax, arms, keys, x, change_point):
@@ -119,19 +115,17 @@ def draw_arm(ax, arm, key, x, change_point, color, **style):
                         size=8, arrowprops={"arrowstyle": "-|>", "color": color})
 
 def heat_maps(arms, x):
-    """PER of activations and attention entropy by layer, over training: a column for each arm's first run."""
-    figure = Figure((max(6, 1.5 + 4 * len(arms)), 6))
+    """PER of activations and attention entropy by layer, over training, of each arm's first run."""
+    figure, layers = Figure((max(6, 1.5 + 4 * len(arms)), 6)), range(arms[0].settings["n_layers"])
     axes = figure.subplots(2, len(arms), squeeze=False, sharex="col", sharey=True)
+    logs = [pd.DataFrame(arm.runs[0]).query("kind == 'eval'").set_index(x) for arm in arms]
     rows = {"per/activations": "PER of activations", "entropy": "attention entropy\n(share of uniform)"}
     for row, (prefix, label) in zip(axes, rows.items(), strict=True):
-        keys = [f"{prefix}/{layer}" for layer in range(arms[0].settings["n_layers"])]
-        numbers = [line[key] for arm in arms for line in arm.runs[0] for key in keys if key in line]
-        for ax, arm in zip(row, arms, strict=True):
-            evals = [line for line in arm.runs[0] if line["kind"] == "eval"]
-            lines = [line for line in evals if set(keys) & set(line)] or evals  # without any, an empty map
-            values = [[line.get(key, np.nan) for line in lines] for key in keys]  # (L, n)
-            mesh = ax.pcolormesh([line[x] for line in lines], range(len(keys)), values, cmap="cividis",
-                                 vmin=min(numbers, default=0), vmax=max(numbers, default=1))
+        maps = [log.reindex(columns=[f"{prefix}/{layer}" for layer in layers]) for log in logs]
+        low, high = pd.concat(maps).min(axis=None), pd.concat(maps).max(axis=None)
+        for ax, arm, numbers in zip(row, arms, maps, strict=True):  # numbers (n, L)
+            numbers = numbers.dropna(how="all") if numbers.any(axis=None) else numbers
+            mesh = ax.pcolormesh(numbers.index, layers, numbers.T, cmap="cividis", vmin=low, vmax=high)
             ax.axvline(place(arm.runs[0], arm.settings["warmup_steps"], x), color="white", linestyle=":")
             ax.locator_params(nbins=5, integer=True)
             ax.set(title=arm.label if ax in axes[0] else "", xlabel=AXES[x] if ax in axes[1] else "")

@@ -10,7 +10,7 @@ from conftest import run_many
 
 import smlmt
 from plumbing.corpus import load_corpus
-from smlmt import FAR, STRETCHES, Pools, Sampler, distinct, is_heldout, pool, show, words_of
+from smlmt import FAR, Pools, Sampler, distinct, is_heldout, pool, show, words_of
 
 RUN = re.compile(r"[^\W\d_]+")  # a run of letters
 EOT, MASK = 998, 999
@@ -155,7 +155,7 @@ def test_every_spelling_counts():
             assert all(set(e.words.tolist()) == {256, 261} for e in drawn), near
         else:
             with pytest.raises(ValueError, match="only 1 training words"):
-                Sampler(tokens, token_bytes, **TWO_WORDS)
+                Sampler(tokens, token_bytes, **TWO_WORDS).episode(0)
 
 def test_spellings_of_a_word_are_one_word():
     fill = " ." * 20
@@ -172,7 +172,7 @@ def test_letters_cut_into_bytes():
                      (" caf\xe9", " CAF\xc9"), (" caf\xe9", "\u2009CAF\xc9 . caf\xe9")]:
         broken = words.replace(old, new)
         with pytest.raises(ValueError, match="only 1 training words"):
-            Sampler(*spelled(*[broken] * 3), **TWO_WORDS)
+            Sampler(*spelled(*[broken] * 3), **TWO_WORDS).episode(0)
     words = "the np array s i\u0307 strasse x".split()
     assert words_of("The np.array's \u0130 STRA\xdfE x2") == words
 
@@ -182,14 +182,14 @@ def test_worked_example(monkeypatch):
     token_bytes = b"The| potter| fires| clay|.| Clay| hard|ens".split(b"|")
     tokens = np.tile(np.array([0, 1, 2, 3, 4, 5, 6, 7, 4, 8], np.uint16), 2)
     sampler = Sampler(tokens, token_bytes, **TWO_WORDS | {"eot": 8, "mask": 9, "episode_len": 4})
-    vocabulary = smlmt.read_vocabulary(token_bytes, 10)
+    vocabulary = smlmt.Vocabulary(token_bytes, 10)
     assert list(vocabulary.forms) == ["potter", "fires", "clay", "hard"]
     starts, place, form, whole = sampler._index_words(vocabulary, token_bytes)
     assert starts.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20]
     assert np.bincount(form).tolist() == [2, 2, 4] and whole.all()  # no word hard in hardens
-    of_clay = np.flatnonzero(np.isin(sampler.tokens[sampler.place], (3, 5)))
-    assert [decode(token_bytes, tokens[sampler.lo[i] : sampler.hi[i]]) for i in of_clay[:2]] \
-        == ["The potter fires clay", ". Clay"]
+    of_clay = sampler.windows[np.isin(tokens[sampler.windows.place], (3, 5))]
+    shown = [decode(token_bytes, tokens[window.lo : window.hi]) for window in of_clay[:2]]
+    assert shown == ["The potter fires clay", ". Clay"]
     assert sampler.n_groups.tolist() == [2, 2, 2, 0] and sampler.group_size.tolist() == [1, 1, 1, 1, 2, 2]
 
 # --------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_pools_change_every_thousand_steps_if_the_text_is_larger(text):
 ])
 def test_impossible_settings_are_one_line_that_names_the_setting(text, settings, message):
     with pytest.raises(ValueError, match=message) as error:
-        make(text, **settings)
+        make(text, **settings).episode(0)
     assert "\n" not in str(error.value)
 
 def test_impossible_corpora_are_one_line(text):
@@ -335,8 +335,6 @@ def test_impossible_corpora_are_one_line(text):
         Sampler(np.append(tokens, np.uint16(MASK)), token_bytes, eot=EOT, mask=MASK)
     with pytest.raises(ValueError, match=r"held-out words .* lower n_way"):
         make(text, n_way=100).episode(0, heldout=True)
-    with pytest.raises(ValueError, match=r"pool_tokens=10 must be at least"):
-        pool(tokens, STRETCHES - 54, 0, 0, eot=EOT)
     with pytest.raises(ValueError, match=r"raise pool_tokens"):
         pool(np.zeros(10**6, np.uint16), 64, 3, 0, eot=EOT)
 
