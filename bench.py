@@ -4,14 +4,12 @@
     python bench.py                # all of it, about twenty minutes on two cores
     python bench.py lm meta        # or some of: lm meta ner startup
 
-Each way to do a thing has a process of its own, so that one is in memory at a time. The ways take turns
-(A B A B), and each turn begins with a step that is not counted. A row has the median time of a step, the
-fastest and the slowest, the ratio to the first way, and the peak memory. Let nothing else run, and believe no
-ratio nearer to 1 than the brackets are wide. A dtype that this processor only emulates is left out.
+The ways to do a thing take turns (A B A B), each time in a process of its own that begins with a step that is
+not counted. A row has the median time of a step, the fastest and the slowest, the ratio to the first way, and
+the peak memory. Let nothing else run, and believe no ratio nearer to 1 than the brackets are wide.
 """
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,7 +50,7 @@ SHAPES = {  # the model, rows of a language-model step; episodes, window length,
 }
 
 # --------------------------------------------------------------------------------------------------
-# Ways: functions that set something up and return one step of it
+# What is measured: functions that set something up and return one step of it
 
 def optimized(parameters, loss):
     """A step of AdamW on loss()."""
@@ -98,77 +96,64 @@ def meta_step(name, backbone_again):
     model.compile_parts()
     head = {key: p.to(device).requires_grad_() for key, p in maml.init_head(shape.d_model, n_way).items()}
 
-    def features(part, grad):  # (E, M, C)
+    def features(part):  # (E, M, C)
         tokens, positions = e[part], e[f"{part}_pos"]
         half = torch.autocast(device.type, DTYPES[0], enabled=DTYPES[0] != torch.float32)
-        with half, torch.set_grad_enabled(grad):
+        with half, torch.set_grad_enabled(part == "query"):
             return model.features_at(tokens.flatten(0, 1), positions.flatten()).unflatten(0, positions.shape)
 
     def ours():
-        support, query = features("support", False), features("query", True)
-        batch = support, e["support_labels"], query, e["query_labels"]
+        batch = features("support"), e["support_labels"], features("query"), e["query_labels"]
         return maml.episode_loss(head, *batch, lr=1.0, steps=10)[0]
 
     def again():
-        heads = [dict(head) for _ in range(E)]
+        heads, logits = {key: p.expand(E, *p.shape) for key, p in head.items()}, torch.vmap(maml.head_logits)
         for _ in range(10):
-            support = maml.scaled(features("support", False))
-            for i in range(E):
-                loss = F.cross_entropy(maml.head_logits(heads[i], support[i]), e["support_labels"][i])
-                gradient = torch.autograd.grad(loss, list(heads[i].values()))
-                heads[i] = {key: p - g for (key, p), g in zip(heads[i].items(), gradient, strict=True)}
-        query = maml.scaled(features("query", True))
-        answers = torch.cat([maml.head_logits(heads[i], query[i]) for i in range(E)])
+            answers = logits(heads, maml.scaled(features("support"))).flatten(0, 1)  # (E M, N)
+            loss = E * F.cross_entropy(answers, e["support_labels"].flatten())
+            gradient = torch.autograd.grad(loss, list(heads.values()))
+            heads = {key: p - g for (key, p), g in zip(heads.items(), gradient, strict=True)}
+        answers = logits(heads, maml.scaled(features("query"))).flatten(0, 1)
         return F.cross_entropy(answers, e["query_labels"].flatten())
     return optimized([*model.parameters(), *head.values()], again if backbone_again else ours)
 
-def ner_tuning(cached):
+def ner_tuning(name, cached):
     """Head-only tuning on 1,000 sentences of 20 words, with 300 to stop by, for ten epochs."""
-    corpus, shape = load_corpus(f"{config.data_dir}/docstrings"), SHAPES["quick start"][0]
+    corpus, shape = load_corpus(f"{config.data_dir}/docstrings"), SHAPES[name][0]
     text = np.resize(corpus.tokenizer.decode(corpus.val[:60_000].tolist()).split(), 26_000).tolist()
     tags = np.random.default_rng(0).choice(["O", "B-PER"], 26_000, p=[0.95, 0.05]).tolist()
     sentences = [eval_ner.Sentence(text[i : i + 20], tags[i : i + 20], "") for i in range(0, 26_000, 20)]
+    train, dev, model = sentences[:1000], sentences[1000:], Llama(shape).to(device).eval()
     settings = eval_ner.Config(head_epochs=10, patience=0, device=device.type)
-    dev = sentences[1000:]
-    rows, dev_rows = (eval_ner.rows_of(corpus.tokenizer, part, settings) for part in (sentences[:1000], dev))
-    model = Llama(shape).to(device).eval()
+    rows, dev_rows = (eval_ner.rows_of(corpus.tokenizer, part, settings) for part in (train, dev))
 
     def step():
         read = eval_ner.frozen(model) if cached else torch.no_grad()(partial(eval_ner.word_features, model))
         eval_ner.tune(settings, read, [], shape.d_model, rows, dev_rows, dev, seed=0)
     return step
 
-def first_step(warm):
+def first_step(name, warm):
     """A run of one step, with or without what an earlier run compiled."""
     cache = tempfile.mkdtemp()
 
     def step():
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache if warm else tempfile.mkdtemp()}
-        command = [sys.executable, ROOT / "train.py", "config/train_11m.py", "--max_steps=1",
+        command = [sys.executable, ROOT / "train.py", f"config/train_{name}.py", "--max_steps=1",
                    f"--data_dir={config.data_dir}", f"--out_dir={tempfile.mkdtemp()}/run"]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     return step
 
 LM = {f"{'Hugging Face' if peer else 'ours'}, {'compiled' if compiled else 'eager'} {str(dtype)[6:]}":
       (peer, compiled, dtype) for dtype in DTYPES for compiled in (True, False) for peer in (False, True)}
-META = {"ours": False, "backbone in each inner step": True}
-NER = {"features computed once": True, "features computed at each step": False}
-STARTUP = {"compiled by an earlier run": True, "nothing compiled yet": False}
-PARTS = {  # part of the benchmark: {title: {way: a function that sets it up}}
-    "lm": {f"language-model step, {name}": {way: partial(lm_step, name, *how) for way, how in LM.items()}
-           for name in SHAPES},
-    "meta": {f"meta step, {name}": {way: partial(meta_step, name, how) for way, how in META.items()}
-             for name in SHAPES},
-    "ner": {"head-only named entities": {way: partial(ner_tuning, how) for way, how in NER.items()}},
-    "startup": {"a run of one step": {way: partial(first_step, how) for way, how in STARTUP.items()}},
-}
+PARTS = {  # part of the benchmark: (what sets up a step, names of models, {way: what else it takes})
+    "lm": (lm_step, SHAPES, LM),
+    "meta": (meta_step, SHAPES, {"ours": [False], "backbone in each inner step": [True]}),
+    "ner": (ner_tuning, ["quick start"], {"features computed once": [True], "at each step": [False]}),
+    "startup": (first_step, ["11m"], {"compiled by an earlier run": [True], "not yet compiled": [False]})}
 
-# --------------------------------------------------------------------------------------------------
-# Measuring
-
-def measure(set_up):
+def measure(step):
     """What the process of one way does: print the seconds of its steps and the peak memory."""
-    step, seconds = set_up(), []
+    seconds = []
     for _ in range(config.steps + 1):
         start = time.perf_counter()
         step()
@@ -177,35 +162,37 @@ def measure(set_up):
         seconds.append(time.perf_counter() - start)
     print(json.dumps({"seconds": seconds[1:], "GiB": peak_memory(device)}))
 
-def compare(part, title, ways):
+def compare(part, name, ways):
     """Run the ways in turn and print a table; returns its rows."""
-    rows = {way: {"title": title, "way": way, "seconds": []} for way in ways}
+    rows = {way: {"part": part, "model": name, "way": way, "seconds": []} for way in ways}
     options = [f"--steps={config.steps}", f"--data_dir={config.data_dir}"]
-    for way in tqdm([*ways] * config.rounds, title, leave=False, disable=None):
-        command = [sys.executable, __file__, part, title, way, *options]
+    for way in tqdm([*ways] * config.rounds, f"{part}, {name}", leave=False, disable=None):
+        command = [sys.executable, __file__, part, name, way, *options]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            fail(f"{title}, {way}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", code=1)
+            fail(f"{part}, {name}, {way}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", code=1)
         result = json.loads(done.stdout.splitlines()[-1])
-        rows[way]["seconds"] += result["seconds"]
-        rows[way]["GiB"] = result["GiB"]
-    print(f"\n{title}")
-    first = statistics.median(next(iter(rows.values()))["seconds"])
+        rows[way] |= result | {"seconds": rows[way]["seconds"] + result["seconds"]}
+    print(f"\n{part}, {name}")
+    first, *_ = (np.median(row["seconds"]) for row in rows.values())
     for way, row in rows.items():
-        low, median, high = (1e3 * f(row["seconds"]) for f in (min, statistics.median, max))
-        print(f"  {way:34}  {median:9.2f} ms [{low:.2f}, {high:.2f}]  "
-              f"{median / 1e3 / first:6.2f} x the first  {row['GiB']:.2f} GiB", flush=True)
+        low, median, high = np.percentile(row["seconds"], [0, 50, 100])
+        print(f"  {way:34}  {1e3 * median:9.2f} ms [{1e3 * low:.2f}, {1e3 * high:.2f}]  "
+              f"{median / first:6.2f} x the first  {row['GiB']:.2f} GiB", flush=True)
     return list(rows.values())
 
 if len(words) == 3:  # the process of one way
-    measure(PARTS[words[0]][words[1]][words[2]])
+    part, name, way = words
+    set_up, _, ways = PARTS[part]
+    measure(set_up(name, *ways[way]))
     sys.exit()
 if set(words) - set(PARTS):
     fail(f"cannot measure {' '.join(words)}: there are {', '.join(PARTS)}")
 print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
 results = []
 for part in words or PARTS:
-    for title in PARTS[part]:
-        results += compare(part, title, PARTS[part][title])
+    _, names, ways = PARTS[part]
+    for name in names:
+        results += compare(part, name, ways)
         write_atomic(config.out, json.dumps(results, indent=1))
 print(f"\nwritten {config.out}")

@@ -15,6 +15,7 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 from unittest import mock
 
@@ -96,9 +97,6 @@ def attention_entropy(model, idx):
         model.features(idx)
     return np.stack(entropy)
 
-# ----------------------------------------------------------------------------------------------------
-# A model, measured on a fixed batch. This leaves no gradient, no hook and no compiled kernel behind.
-
 ROLES = {"q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj",
          "gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}
 
@@ -111,6 +109,7 @@ def probe(tokens, T, n_tokens=2048):
 def measure(model, idx, targets=None, complain=print):
     """Singular values of a Llama and attention entropies on token ids idx (B, T), as arrays by name.
 
+    It leaves no gradient, no hook and no compiled kernel behind. In the result are
     "weights/down" (L, n), "weights/ov" (L, H, D), "activations" (L, n) after each block, "entropy" (L, H);
     with targets (B, T) also "weights/<role>" and "gradients/<role>" of all matrices, and "loss" ().
     """
@@ -121,10 +120,11 @@ def measure(model, idx, targets=None, complain=print):
     measured = {f"weights/{role}": np.stack([singular_values(w) for w in weights[role]]) for role in chosen}
     measured["weights/ov"] = np.stack([ov_values(block.attention) for block in model.blocks])
     activations = []  # (n,) of each layer
+    def watch(block, inputs, x):
+        activations.append(singular_values(x.flatten(0, 1)))
     with torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         for block in model.blocks:
-            hooks.callback(block.register_forward_hook(
-                lambda block, inputs, x: activations.append(singular_values(x.flatten(0, 1)))).remove)
+            hooks.enter_context(block.register_forward_hook(watch))
         loss = model.features(idx) if targets is None else model(idx, targets)
     measured |= {"activations": np.stack(activations), "entropy": attention_entropy(model, idx)}
     if targets is not None:
@@ -213,7 +213,7 @@ def full_log(path, config):
                 files.fail(problem)
             tokens = corpus.load_corpus(text).val
             batch = probe(tokens, min(made["block_size"], loaded.model.config.block_size, len(tokens) - 1))
-            measured = measure(loaded.model, *batch, lambda text, at=folder: print(at, text, file=sys.stderr))
+            measured = measure(loaded.model, *batch, partial(print, folder, file=sys.stderr))
             loss = {} if log else {"val_loss": float(measured["loss"])}  # a log's is of other rows
             line = {"step": loaded.step, "kind": "eval", **loaded.progress, **loss, **summary(measured)}
             evals[loaded.step] = line | evals.get(loaded.step, {})
@@ -227,9 +227,9 @@ def full_log(path, config):
 
 def table(log):
     """The evaluations of a log as CSV, a column for each number that any of them has."""
-    import pandas
-    evals = pandas.DataFrame([line for line in log if line["kind"] == "eval"], dtype=object)
-    return evals.drop(columns="kind").to_csv(index=False)
+    from pandas import DataFrame
+    evals = [line for line in log if line["kind"] == "eval"]
+    return DataFrame(evals, dtype=object).drop(columns="kind").to_csv(index=False)
 
 def reached(evals, loss):
     """Where the validation loss first came down to `loss`, on straight lines between evaluations."""
@@ -240,7 +240,7 @@ def reached(evals, loss):
 
 def sooner(logs):
     """In words: when the better of two runs, {folder: log}, reached the final loss of the other."""
-    evals = {run: [line for line in log if line.get("val_loss", math.nan) > 0] for run, log in logs.items()}
+    evals = {run: [line for line in log if "val_loss" in line] for run, log in logs.items()}
     first, second = sorted(evals, key=lambda run: evals[run][-1]["val_loss"])
     end = evals[second][-1]
     start = reached(evals[first], end["val_loss"])
@@ -259,15 +259,12 @@ def main():
     for key in "d_model n_layers n_heads n_kv_heads d_ff vocab_size corpus_hash".split():
         if len({str(made.get(key)) for made in trained.values()}) > 1:
             files.fail(f"the runs differ in {key}: compare one model on one corpus")
-    logs = {word: full_log(word, config) for word in words}
-    arms, out = {}, config.out or words[0]
+    logs, arms, out = {word: full_log(word, config) for word in words}, {}, config.out or words[0]
     os.makedirs(out, exist_ok=True)
     if not runs:
         text = table([{"model": word, **log[0]} for word, log in logs.items()])
         print(text, end="")
-        if config.out:
-            files.write_atomic(f"{out}/spectra.csv", text)
-        return
+        return files.write_atomic(f"{out}/spectra.csv", text) if config.out else None
     for run, log in logs.items():
         files.write_atomic(f"{run}/spectra.csv", table(log))
         print(f"written {run}/spectra.csv")

@@ -234,13 +234,14 @@ def evaluate(n_episodes):
 # --------------------------------------------------------------------------------------------------
 # The loop
 
-step = run.start(corpus, model, head, optimizer, scaler)  # 0, or the step of the newest checkpoint
+step = run.start(model, head, optimizer, scaler)  # 0, or the step of the newest checkpoint
 while True:
     last = step == config.max_steps
-    if (last or step % config.eval_interval == 0) and not run.evaluated(step):
+    if (last or step % config.eval_interval == 0) and step not in run.evals:
         run.log_eval(step, evaluate(n_episodes=64 if last else 8))
         if config.on_collapse != "off" and not run.collapse:
-            run.log_collapse(step, spectra.change_point(run.evals, spectra.SIGNAL, config.warmup_steps))
+            drop = spectra.change_point(run.evals.values(), spectra.SIGNAL, config.warmup_steps)
+            run.log_collapse(step, drop)
     last = last or (config.on_collapse == "stop" and bool(run.collapse))
     if step > run.first_step and (last or run.stopping or step % config.ckpt_interval == 0):
         batch = map(to_device, spectra.probe(corpus.val, config.block_size))

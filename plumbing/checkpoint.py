@@ -33,26 +33,19 @@ NAMES = {  # ours: (Hugging Face's, pico-decoder's); {i} is the number of a bloc
     "blocks.{i}.mlp.gate": ("model.layers.{i}.mlp.gate_proj", "layers.{i}.swiglu.w_0"),
     "blocks.{i}.mlp.up": ("model.layers.{i}.mlp.up_proj", "layers.{i}.swiglu.w_1"),
     "blocks.{i}.mlp.down": ("model.layers.{i}.mlp.down_proj", "layers.{i}.swiglu.w_2"),
-    "norm": ("model.norm", "output_norm"),
-    "unembedding": ("lm_head", "de_embedding_proj"),
-}
+    "norm": ("model.norm", "output_norm"), "unembedding": ("lm_head", "de_embedding_proj")}
 SHAPE = {  # the same for config.json
-    "d_model": ("hidden_size", "d_model"),
-    "n_layers": ("num_hidden_layers", "n_layers"),
+    "d_model": ("hidden_size", "d_model"), "n_layers": ("num_hidden_layers", "n_layers"),
     "n_heads": ("num_attention_heads", "attention_n_heads"),
     "n_kv_heads": ("num_key_value_heads", "attention_n_kv_heads"),
-    "d_ff": ("intermediate_size", "activation_hidden_dim"),
-    "vocab_size": ("vocab_size", "vocab_size"),
-    "block_size": ("max_position_embeddings", "max_seq_len"),
-    "norm_eps": ("rms_norm_eps", "norm_eps"),
-    "rope_theta": ("rope_theta", "position_emb_theta"),
-}
+    "d_ff": ("intermediate_size", "activation_hidden_dim"), "vocab_size": ("vocab_size", "vocab_size"),
+    "block_size": ("max_position_embeddings", "max_seq_len"), "norm_eps": ("rms_norm_eps", "norm_eps"),
+    "rope_theta": ("rope_theta", "position_emb_theta")}
 
 def their_names(n_layers, pico=False):
     """{our name of a tensor: theirs} of a model of n_layers blocks."""
-    pairs = [(ours, both[pico]) for ours, both in NAMES.items()]
-    return {f"{ours}.weight".format(i=i): f"{theirs}.weight".format(i=i)
-            for i in range(n_layers) for ours, theirs in pairs}
+    return {f"{ours}.weight".format(i=i): f"{theirs[pico]}.weight".format(i=i)
+            for i in range(n_layers) for ours, theirs in NAMES.items()}
 
 # --------------------------------------------------------------------------------------------------
 # Writing
@@ -65,8 +58,7 @@ def checkpoints(run):
 def save_checkpoint(run, step, model, head, moments, tokenizer, spectra, state):
     """Write a checkpoint beside its name and rename it into place. Only the newest two keep their optimizer.
 
-    head, moments: dicts of tensors. spectra: a dict of arrays. state: a dict for state.json, which also gets
-    the step and the sha256 of the other files.
+    head, moments: dicts of tensors. spectra: a dict of arrays. state: what state.json says besides hashes.
     """
     path, work = f"{run}/step_{step:06d}", f"{run}/step_{step:06d}.tmp"
     shutil.rmtree(work, ignore_errors=True)
@@ -74,7 +66,6 @@ def save_checkpoint(run, step, model, head, moments, tokenizer, spectra, state):
     names = their_names(model.config.n_layers)
     weights = {names[ours]: p for ours, p in model.state_dict().items()}
     for name, tensors in (("model", weights), ("head", head), ("optimizer", moments)):
-        tensors = {key: tensor.detach() for key, tensor in tensors.items()}
         save_file(tensors, f"{work}/{name}.safetensors", {"format": "pt"})
     np.savez(f"{work}/spectra.npz", **spectra)
     special = {f"{kind}_token_id": tokenizer.eot for kind in ("bos", "eos", "pad")}
@@ -101,8 +92,7 @@ def hf_config(shape):
         **{theirs: getattr(shape, ours) for ours, (theirs, _) in SHAPE.items()},
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "head_dim": shape.d_model // shape.n_heads, "hidden_act": "silu",
-        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-    }
+        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
 
 def sha256_of(path):
     with open(path, "rb") as file:
@@ -140,7 +130,12 @@ def load_model(path, step=None, device="cpu"):
     Others' weights may have Hugging Face's names or pico-decoder's, lie in several files, and be tied. Memory
     is taken for what the files hold, not for what config.json says. A damaged file ends the program.
     """
-    folder = find_checkpoint(path, step)
+    steps = checkpoints(path)
+    if not steps and not list(Path(path).glob("model.safetensors*")):
+        fail(f"{path} holds no checkpoint (step_*) and no model.safetensors; only these are read")
+    if step is not None and step not in steps:
+        fail(f"{path} has no checkpoint of step {step}; there is {', '.join(map(str, steps)) or 'only this'}")
+    folder = steps[max(steps) if step is None else step] if steps else path
     state = read_json(f"{folder}/state.json") if os.path.exists(f"{folder}/state.json") else {}
     remedy = "delete the folder to use the step before" if state else "download it again"
     with reading(folder, remedy):
@@ -167,16 +162,6 @@ def check_sha256(folder, state, name):
     if state and sha256_of(f"{folder}/{name}") != state["sha256"][name]:
         raise ValueError(f"{name} does not match the sha256 in state.json")
 
-def find_checkpoint(path, step):
-    """The folder with the weights that `path` and `step` mean."""
-    steps = checkpoints(path)
-    if not steps and not list(Path(path).glob("model.safetensors*")):
-        fail(f"{path} holds no checkpoint (step_*) and no model.safetensors; only these are read")
-    if step is not None and step not in steps:
-        there = ", ".join(map(str, steps)) or "only this one"
-        fail(f"{path} has no checkpoint of step {step}; there is {there}")
-    return steps[max(steps) if step is None else step] if steps else path
-
 def read_weights(folder):
     """The shape of a model and its weights under our names, {name: float32 tensor}."""
     names, tensors = ["model.safetensors"], {}
@@ -197,15 +182,11 @@ def read_weights(folder):
     if extra := sorted(set(tensors) - set(names.values())):
         raise ValueError(f"a Llama has no tensor {extra[0]}")
     weights = {ours: tensors[name].float() for ours, name in names.items()}
+    half = shape.d_model // shape.n_heads // 2  # pair j of a head: rows j, j + half here, 2j, 2j + 1 in pico
     for ours, weight in weights.items() if pico else ():
-        if ours.endswith(("q_proj.weight", "k_proj.weight")):
-            weights[ours] = halves(weight, shape.n_heads if "q_proj" in ours else shape.n_kv_heads)
+        if ours.endswith(("q_proj.weight", "k_proj.weight")):  # (heads, half, 2, C) -> (heads, 2, half, C)
+            weights[ours] = weight.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
     return shape, weights
-
-def halves(weight, n_heads):
-    """Rows of q or k (H D, C) in our order. Pair j of a head: rows j, j + D/2 here, 2j, 2j + 1 there."""
-    pairs = weight.unflatten(0, (n_heads, -1, 2))  # (H, D/2, 2, C)
-    return pairs.transpose(1, 2).flatten(0, 2)  # (H, 2, D/2, C)
 
 def read_shape(theirs, pico):
     """The ModelConfig that a config.json describes. ValueError: this model cannot be that."""
@@ -224,8 +205,7 @@ def read_shape(theirs, pico):
 def corpus_problem(loaded, folder):
     """Why the corpus in `folder` cannot be used with a model; "" if it can, having the same tokens."""
     if not os.path.exists(f"{folder}/meta.json"):
-        prepare = f"python data/prepare.py NAME --source=... --tokenizer={loaded.path}"
-        return f"there is no corpus {folder}; name one with --corpus=FOLDER ({prepare} makes one)"
+        return f"there is no corpus {folder}; name one with --corpus=FOLDER (data/prepare.py makes one)"
     if load_tokenizer(folder).token_bytes != loaded.tokenizer.token_bytes:
         return f"the corpus {folder} has other tokens than {loaded.path}; name another with --corpus=FOLDER"
     return ""

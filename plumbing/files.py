@@ -15,9 +15,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository
 
-# --------------------------------------------------------------------------------------------------
-# Errors
-
 def fail(message, code=2):
     """End the program with one line. Code 2: a mistake before anything starts; 1: one that came later."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)  # names of files hold anything
@@ -43,13 +40,12 @@ def reading(path, remedy):
 def report(kind, error, trace):
     """What an exception that nobody caught prints: one line if it is a user's matter, else a traceback."""
     text = str(error)
-    if issubclass(kind, BrokenPipeError):
-        pass  # there is nobody to tell
-    elif issubclass(kind, KeyboardInterrupt):
+    if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     elif issubclass(kind, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        print("error: out of memory: lower micro_batch_size and micro_episodes (0 takes all at once), "
-              "block_size, or the size of the model", file=sys.stderr)
+        print("error: out of memory: lower micro_batch_size, micro_episodes or block_size", file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):
+        pass  # there is nobody to tell
     elif issubclass(kind, OSError) or kind.__name__ == "SafetensorError":  # of a full disk, both say so
         path = getattr(error, "filename", None) or "a file"
         print(f"error: {path}: {reason(error)}; what was saved before is untouched", file=sys.stderr)
@@ -86,10 +82,8 @@ def write_atomic(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+    finally:
+        Path(beside).unlink(missing_ok=True)
 
 def read_json(path, remedy="make it or copy it again"):
     """The object in a JSON file; a damaged file ends the program."""
@@ -99,12 +93,12 @@ def read_json(path, remedy="make it or copy it again"):
             raise ValueError("it is no JSON object")
         return content
 
-locks = []  # held until this process ends, in whatever way
+locks = []  # held until this process ends, in whatever way: kill -9 frees them too
 
 def lock(folder):
-    """Keep other processes that lock this folder out of it. kill -9 frees it too."""
+    """Keep other processes that lock this folder out of it."""
+    locks.append(filelock.FileLock(f"{folder}/.lock"))
     try:
-        locks.append(filelock.FileLock(os.path.join(folder, ".lock"), timeout=0))
-        locks[-1].acquire()
+        locks[-1].acquire(timeout=0)
     except filelock.Timeout:
         fail(f"another process is at work on {folder}: wait until it has ended, or take another folder")

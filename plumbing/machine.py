@@ -19,12 +19,16 @@ def choose_device(setting, local_rank=0):
     if setting == "auto":
         setting = next(kind for kind in here if here[kind])
         if setting == "cpu" and shutil.which("nvidia-smi"):
-            print(f"system  torch {torch.__version__} finds no GPU, though nvidia-smi is here: is the driver "
-                  f"too old for CUDA {torch.version.cuda}?", file=sys.stderr)
+            print("system  torch finds no GPU, though nvidia-smi is here: is the driver too old for CUDA "
+                  f"{torch.version.cuda}?", file=sys.stderr)
     if not here[setting]:
         fail(f"device = {setting}, but torch finds none; take --device=cpu or another build of torch")
     if setting == "cpu":
-        keep_freed_memory()
+        # Have glibc keep what is freed: a fresh page costs more than the arithmetic on it. The options are
+        # M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # elsewhere than on Linux
+            for option, number in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
+                ctypes.CDLL(None).mallopt(option, number)
     if setting != "cuda":
         return torch.device(setting)
     if local_rank >= torch.cuda.device_count():
@@ -42,7 +46,7 @@ def choose_dtype(setting, device):
             return torch.bfloat16
         return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
     can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    has_bfloat16 = can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16")
+    has_bfloat16 = any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 def not_compiled(device):
@@ -52,7 +56,7 @@ def not_compiled(device):
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         return "no triton"
     if device.type == "cuda" and torch.cuda.get_device_capability() < (7, 0):
-        return "the GPU is too old for triton"
+        return "the GPU is too old"
     variable, compiler = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
     compiler = shlex.split(os.environ.get(variable, compiler))[0]
     if not shutil.which(compiler):
@@ -60,12 +64,6 @@ def not_compiled(device):
     if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
         return "no Python.h: install python3-dev"
     return ""
-
-def keep_freed_memory():
-    """Have glibc keep what is freed. A fresh page of memory costs more than the arithmetic on it."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # elsewhere than on Linux
-        for option, number in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, number)
 
 def peak_memory(device):
     """The most memory that this process has had, in GiB; NaN on Windows, which does not say."""

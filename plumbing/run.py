@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from plumbing import figures
 from plumbing.checkpoint import check_sha256, checkpoints, load_model, save_checkpoint
 from plumbing.corpus import load_corpus
-from plumbing.files import ROOT, fail, lock, on_signals, read_json, reading, write_atomic
+from plumbing.files import ROOT, fail, lock, on_signals, read_json, reading, reason, write_atomic
 from plumbing.machine import choose_device, choose_dtype, not_compiled, peak_memory
 
 # A resumed run may differ from the run that was begun in these settings only.
 MAY_CHANGE = set("""out_dir data_dir device dtype compile resume micro_batch_size micro_episodes max_steps lr
 eval_interval eval_steps ckpt_interval log_interval wandb wandb_project""".split())
-BUDGETS = ("lm_tokens", "episode_tokens", "support_tokens", "query_tokens", "flops", "seconds")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+BUDGETS = "lm_tokens episode_tokens support_tokens query_tokens flops seconds".split()
 
 class Run:
     """What train.py asks for: device, dtype, compile, rank, world; stopping, evals and collapse so far."""
@@ -40,8 +40,8 @@ class Run:
         self.config, self.tracker, self.log_file = config, None, None
         self.rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))  # torchrun's
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.signal, self.stopping = None, False
-        on_signals(self.leave)
+        self.signal, self.stopping, self.clock = None, False, None
+        on_signals(self.stop)
         if self.world > min(config.batch_size, config.episodes_per_step if config.meta_ratio else self.world):
             fail(f"{self.world} processes cannot share a smaller batch_size or episodes_per_step")
         self.device = choose_device(config.device, local_rank)
@@ -49,14 +49,13 @@ class Run:
         why_not = not_compiled(self.device) if config.compile else "compile = False"
         self.compile = not why_not
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-        on_gpu = self.device.type == "cuda"
-        self.lag = int(on_gpu)  # how many steps their numbers are read later
-        where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-        where = "Apple GPU" if self.device.type == "mps" else where
+        gpu = self.device.type == "cuda"
+        self.lag = int(gpu)  # how many steps their numbers are read later
+        where = torch.cuda.get_device_name() if gpu else f"{self.device}, {torch.get_num_threads()} threads"
         compiled = f"not compiled ({why_not})" if why_not else "compiled"
         self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, {compiled}")
         if self.world > 1:
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None)
         if self.rank == 0:
             self.open_folder()
 
@@ -72,138 +71,35 @@ class Run:
         for path in folder.glob("*.tmp"):  # of a process that was killed while it saved
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    # Processes
-
-    def print(self, text):
-        """Print at once, from one process for all. A reader that went away (`| head`) must not end a run."""
-        if self.rank == 0:
-            try:
-                os.write(1, f"{text}\n".encode())  # unlike print, may be called by a signal handler
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    def all_reduce(self, tensor):
-        """The sum of a tensor over all processes, in place."""
-        if self.world > 1:
-            try:
-                dist.all_reduce(tensor)
-            except RuntimeError as error:  # gloo says so; with nccl torchrun ends the others
-                self.end(1, f"another process of this run is gone ({str(error).splitlines()[0][:80]}); "
-                            "the last checkpoint stands, continue with --resume=True")
-        return tensor
-
-    def barrier(self):
-        """Return when all processes have come here."""
-        if self.world > 1:
-            self.all_reduce(torch.zeros(1, device=self.device)).item()
-
-    def all_reduce_gradients(self, params):
-        """Sum the gradients of params over all processes, in one message."""
-        if self.world > 1:
-            gradients = [p.grad for p in params if p.grad is not None]
-            summed = self.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            parts = summed.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-
-    # Memory
-
-    def choose_micro_batches(self, model):
-        """Rows and episodes at a time: the settings; where 0, what half a GPU's free memory holds, or all."""
-        c, shape = self.config, model.config
-        fits = {"lm": c.batch_size, "meta": c.episodes_per_step}
-        if self.device.type == "cuda":
-            # Bytes that the backward pass needs of a token: those of the blocks, and of its logits.
-            bytes_kept = 40 * shape.d_model * shape.n_layers + 4 * shape.vocab_size
-            tokens = torch.cuda.mem_get_info()[0] / 2 / (bytes_kept if self.compile else 3 * bytes_kept)
-            sizes = {"lm": c.block_size, "meta": c.n_way * c.q_query * c.episode_len}
-            fits = {kind: min(fits[kind], 2 ** int(math.log2(max(1, tokens / sizes[kind])))) for kind in fits}
-        self.micro = {"lm": c.micro_batch_size or fits["lm"], "meta": c.micro_episodes or fits["meta"]}
-
-    def micro_batches(self, n, kind):
-        """This process's share of n rows ("lm") or episodes ("meta"), as slices that memory has room for."""
-        first, last = self.rank * n // self.world, (self.rank + 1) * n // self.world
-        return [slice(i, min(i + self.micro[kind], last)) for i in range(first, last, self.micro[kind])]
-
-    def within_memory(self, kind, objective, step):
-        """objective(step). If a GPU's memory runs out, begin again with micro-batches of half the size."""
-        while True:
-            try:
-                return objective(step)
-            except torch.OutOfMemoryError:
-                if self.micro[kind] < 2:
-                    raise
-            self.micro[kind] //= 2
-            self.print(f"memory  ran out: {self.micro[kind]} rows or episodes at a time from here on")
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-
-    def end(self, code, error=""):
-        """End this process. One of several skips torch's clean-up, which aborts about one exit in four."""
-        if error:
-            print(f"error: {error}", file=sys.stderr)
-        if self.tracker:
-            self.tracker.finish(code)
-        if self.world > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
-
-    # Signals
-
-    def leave(self, number, frame):
-        """A signal before the loop: there is nothing to save."""
-        self.print("\nstopped before the first step; nothing was begun")
-        sys.exit(128 + number)
-
-    def stop(self, number, frame):
-        """First signal: the loop finishes its step, saves, and leaves. Second: it leaves at once."""
-        self.signal = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
-        self.print(f"\n{self.signal.name}: saving after this step (once more to leave at once)")
-
-    # Data
-
     def load_corpus(self):
         """The corpus that the settings name. The default one is built when it is missing."""
-        config = self.config
-        folder = os.path.join(config.data_dir, config.dataset)
-        if self.rank == 0 and not os.path.exists(f"{folder}/meta.json"):
-            if config.dataset != "docstrings":
-                fail(f"no corpus {folder}: prepare it with python data/prepare.py {config.dataset} "
-                     f"--source=FILES --data_dir={config.data_dir}, or take --dataset=docstrings")
+        config, folder = self.config, f"{self.config.data_dir}/{self.config.dataset}"
+        if self.rank == 0 and config.dataset == "docstrings" and not os.path.exists(f"{folder}/meta.json"):
             self.print("data    building the default corpus, once")
-            script = [sys.executable, ROOT / "data/prepare.py"]
-            if code := subprocess.run([*script, "docstrings", f"--data_dir={config.data_dir}"]).returncode:
+            script = [sys.executable, ROOT / "data/prepare.py", "docstrings", f"--data_dir={config.data_dir}"]
+            if code := subprocess.run(script).returncode:
                 sys.exit(code)  # it has said why
         self.barrier()
-        corpus = load_corpus(folder)
-        shortest = min(len(corpus.train), len(corpus.val))
-        if shortest <= config.block_size:
+        corpus = self.corpus = load_corpus(folder)
+        if (shortest := min(len(corpus.train), len(corpus.val))) <= config.block_size:
             fail(f"block_size = {config.block_size}, but a split of {folder} has {shortest} tokens: lower it")
         self.print(f"data    {config.dataset} {corpus.hash}: {len(corpus.train):,} training tokens, "
                    f"{len(corpus.val):,} for validation, vocabulary {corpus.vocab_size:,}")
         return corpus
 
-    # Starting and resuming
-
-    def start(self, corpus, model, head, optimizer, scaler):
+    def start(self, model, head, optimizer, scaler):
         """Begin or resume; returns the step that is done already."""
-        self.corpus, self.model, self.head = corpus, model, head
-        self.optimizer, self.scaler = optimizer, scaler
+        self.model, self.head, self.optimizer, self.scaler = model, head, optimizer, scaler
         self.params = dict(model.named_parameters())
         self.params |= {f"head.{name}": p for name, p in head.items() if p.requires_grad}
         self.progress, self.costs = dict.fromkeys(BUDGETS, 0), costs(self.config, model, head)
         step, lines = self.resume() if self.config.resume else (0, [])
-        self.evals = [line for line in lines if line["kind"] == "eval"]  # on_collapse is decided from these
+        self.evals = {line["step"]: line for line in lines if line["kind"] == "eval"}
         self.collapse = next((line for line in lines if line["kind"] == "collapse"), None)
-        self.print("model   {:,} parameters: d {d_model}, {n_layers} layers, {n_heads} heads / {n_kv_heads} "
-                   "kv heads".format(model.n_params(), **vars(model.config)))
+        self.print(f"model   {model.n_params():,} parameters, {model.config}")
         self.barrier()  # nobody writes before all have read
         if self.rank == 0:
             self.write_folder(lines)
-        on_signals(self.stop)
         self.choose_micro_batches(model)
         self.first_step, self.skipped, self.unread, self.clock = step, 0, [], time.perf_counter()
         return step
@@ -224,16 +120,14 @@ class Run:
             fail(f"max_steps = {config.max_steps}, but {config.out_dir} is at step {step} already")
         loaded = load_model(config.out_dir)
         with reading(loaded.path, "delete this folder to resume from the step before"), torch.no_grad():
-            if loaded.step != step:
-                raise ValueError(f"state.json has step {loaded.step}")
             check_sha256(loaded.path, loaded.state, "optimizer.safetensors")
             moments = load_file(f"{loaded.path}/optimizer.safetensors")
             self.model.load_state_dict(loaded.model.state_dict())
             for name, p in self.head.items():
                 p.copy_(loaded.head[name])
-            for name, p in self.params.items():
-                if f"step/{name}" in moments:
-                    self.optimizer.state[p] = {k: moments[f"{k}/{name}"].to(self.device) for k in MOMENTS}
+            for key, moment in moments.items():  # exp_avg/norm.weight
+                kind, _, name = key.partition("/")
+                self.optimizer.state[self.params[name]][kind] = moment.to(self.device)
             self.scaler.load_state_dict(loaded.state["scaler"] or self.scaler.state_dict())
             self.progress = {key: loaded.progress[key] for key in BUDGETS}
         self.print(f"resume  {config.out_dir} after step {step}")
@@ -242,16 +136,17 @@ class Run:
     def write_folder(self, lines):
         """config.json says how the run was made; the log loses what came after the checkpoint."""
         folder = self.config.out_dir
+        describe = "git describe --always --dirty=+ --abbrev=12"  # the commit, with a + where files differ
+        git = subprocess.run(describe, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
+        system = {"processes": self.world, "device": str(self.device), "dtype": str(self.dtype),
+                  "threads": torch.get_num_threads(), "platform": platform.platform()}
         made = dataclasses.asdict(self.config) | {
-            "vocab_size": self.corpus.vocab_size, "corpus_hash": self.corpus.hash,
-            "git": git_commit(), "argv": sys.argv[1:],
-            "versions": {"python": platform.python_version(), **versions},
-            "system": {"processes": self.world, "device": str(self.device), "dtype": str(self.dtype),
-                       "threads": torch.get_num_threads(), "platform": platform.platform()}}
+            "vocab_size": self.corpus.vocab_size, "corpus_hash": self.corpus.hash, "system": system,
+            "git": git, "argv": sys.argv[1:], "versions": {"python": platform.python_version(), **versions}}
         if self.config.wandb:
-            path = os.path.abspath(folder)
-            run_id = f"{os.path.basename(path)}-{zlib.crc32(path.encode()):08x}"  # the same for a resumed run
+            path = Path(os.path.abspath(folder))
+            run_id = f"{path.name}-{zlib.crc32(bytes(path)):08x}"  # the same for a resumed run
             with reading("Weights & Biases", f"WANDB_MODE=offline keeps the records in {folder}/wandb"):
                 import wandb
                 self.tracker = wandb.init(
@@ -261,7 +156,84 @@ class Run:
         write_atomic(f"{folder}/config.json", json.dumps(made, indent=2))
         self.log_file = open(f"{folder}/log.jsonl", "ab", buffering=0)
 
-    # The log
+    # Processes, signals, memory
+
+    def print(self, text):
+        """Print at once, from one process for all. A reader that went away (`| head`) must not end a run."""
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                os.write(1, f"{text}\n".encode())  # unlike print, may be called by a signal handler
+
+    def all_reduce(self, tensor):
+        """The sum of a tensor over all processes, in place."""
+        if self.world > 1:
+            try:
+                dist.all_reduce(tensor)
+            except RuntimeError as error:  # gloo says so; with nccl torchrun ends the others
+                self.end(1, f"another process is gone; continue with --resume=True ({reason(error)[:80]})")
+        return tensor
+
+    def all_reduce_gradients(self, params):
+        """Sum the gradients of params over all processes, in one message."""
+        if self.world > 1:
+            gradients = [p.grad for p in params if p.grad is not None]
+            vector_to_parameters(self.all_reduce(parameters_to_vector(gradients)), gradients)
+
+    def barrier(self):
+        """Return when all processes have come here."""
+        if self.world > 1:
+            self.all_reduce(torch.zeros(1, device=self.device)).item()
+
+    def stop(self, number, frame):
+        """A signal: the loop finishes its step, saves, and leaves. Before the loop, or twice: at once."""
+        signal.signal(number, signal.SIG_DFL)
+        if self.clock is None:
+            self.print("\nstopped before the first step; nothing was begun")
+            sys.exit(128 + number)
+        self.signal = signal.Signals(number)
+        self.print(f"\n{self.signal.name}: saving after this step (once more to leave at once)")
+
+    def end(self, code, error=""):
+        """End this process. One of several skips torch's clean-up, which aborts about one exit in four."""
+        if error:
+            print(f"error: {error}", file=sys.stderr)
+        if self.tracker:
+            self.tracker.finish(code)
+        if self.world > 1:
+            os._exit(code)
+        sys.exit(code)
+
+    def choose_micro_batches(self, model):
+        """Rows and episodes at a time: the settings; where 0, what half a GPU's free memory holds, or all."""
+        c, shape, tokens = self.config, model.config, 2**60
+        if self.device.type == "cuda":
+            # Bytes that the backward pass needs of a token: those of the blocks, and of its logits.
+            kept = 40 * shape.d_model * shape.n_layers + 4 * shape.vocab_size
+            tokens = torch.cuda.mem_get_info()[0] / 2 / (kept if self.compile else 3 * kept)
+        sizes = {"lm": (c.micro_batch_size, c.batch_size, c.block_size),
+                 "meta": (c.micro_episodes, c.episodes_per_step, c.n_way * c.q_query * c.episode_len)}
+        self.micro = {kind: setting or min(most, 2 ** int(math.log2(max(1, tokens / length))))
+                      for kind, (setting, most, length) in sizes.items()}
+
+    def micro_batches(self, n, kind):
+        """This process's share of n rows ("lm") or episodes ("meta"), as slices that memory has room for."""
+        first, last = self.rank * n // self.world, (self.rank + 1) * n // self.world
+        return [slice(i, min(i + self.micro[kind], last)) for i in range(first, last, self.micro[kind])]
+
+    def within_memory(self, kind, objective, step):
+        """objective(step). If a GPU's memory runs out, begin again with micro-batches of half the size."""
+        try:
+            return objective(step)
+        except torch.OutOfMemoryError:
+            if self.micro[kind] < 2:
+                raise
+        self.micro[kind] //= 2
+        self.print(f"memory  ran out: {self.micro[kind]} rows or episodes at a time from here on")
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return self.within_memory(kind, objective, step)
+
+    # The log, checkpoints, the end
 
     def log(self, line):
         """One object a line, handed to the system before the next step begins."""
@@ -275,24 +247,22 @@ class Run:
         """Sum the numbers of a step over processes, for `read`: on a GPU a step later, so as not to wait."""
         asked = torch.full((), float(self.signal is not None), device=self.device)
         values = torch.cat((self.all_reduce(torch.stack([*numbers.values(), asked])), norm[None]))
-        there = torch.cuda.Event() if self.lag else None
-        self.unread.append((step, kind, numbers, values.to("cpu", non_blocking=True), there, lr))
-        if there:
-            there.record()  # behind the copy, before the next step
+        there = (torch.cuda if self.lag else torch.cpu).Event()
+        values = values.to("cpu", non_blocking=bool(self.lag))
+        there.record()  # behind the copy, before the next step
+        self.unread.append((step, kind, list(numbers), values, there, lr))
         self.read(self.lag)
 
     def read(self, all_but=0):
         """Read, check, log and print the numbers of the steps done, but of the newest `all_but`."""
         while len(self.unread) > all_but:
-            step, kind, numbers, values, there, lr = self.unread.pop(0)
-            if there:
-                there.synchronize()
-            *values, asked, norm = values.tolist()
-            self.stopping = bool(asked)
-            self.write_step(step, kind, dict(zip(numbers, values, strict=True)), norm, lr)
+            self.write_step(*self.unread.pop(0))
 
-    def write_step(self, step, kind, line, norm, lr):
-        """Check, log and print the numbers of a step; ends the run if they are not finite."""
+    def write_step(self, step, kind, names, values, there, lr):
+        """The same for one step; ends the run if its loss or norm is not finite."""
+        there.synchronize()
+        *values, asked, norm = values.tolist()
+        self.stopping, line = bool(asked), dict(zip(names, values, strict=True))
         seconds, costs, loss = self.tick(), self.costs[kind], line[f"{kind}_loss"]
         finite = math.isfinite(loss + norm)
         self.skipped = 0 if finite else self.skipped + 1
@@ -301,16 +271,15 @@ class Run:
         self.progress |= {key: self.progress[key] + amount for key, amount in costs.items()}
         speed = costs["lm_tokens" if kind == "lm" else "episode_tokens"] / seconds
         overflow = {} if finite else {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
-        line |= {"lr": lr, "grad_norm": norm} if finite else {"lr": lr, **overflow}
+        line |= {"lr": lr, **(overflow or {"grad_norm": norm})}
         self.log({"step": step, "kind": kind, **line, **self.progress, "tokens_per_second": speed})
-        if step == self.first_step + 1:
-            self.steady = self.clock  # the first step compiles and says nothing of the others
+        # Seconds of a step, a running mean. The first ones compile and say nothing of the others.
+        self.pace = seconds if step < self.first_step + 3 else 0.95 * self.pace + 0.05 * seconds
         if step % self.config.log_interval and step != self.config.max_steps and finite:
             return
         acc = "  query_acc {query_acc_before:.3f}->{query_acc:.3f}".format_map(line) if kind == "meta" else ""
         how = f"lr {lr:.2e}  norm {norm:.2f}" if finite else f"skipped: float16 overflow, {overflow}"
-        each = (self.clock - self.steady) / max(1, step - self.first_step - 1)
-        left = int(each * (self.config.max_steps - step))
+        left = int(self.pace * (self.config.max_steps - step))
         self.print(f"step {step:6d}/{self.config.max_steps}  {kind}_loss {loss:.4f}{acc}  {how}  "
                    f"{speed / 1e3:.1f}k tok/s  left {left // 60}m{left % 60:02d}s")
 
@@ -321,20 +290,13 @@ class Run:
         self.progress["seconds"] += seconds
         return seconds
 
-    def evaluated(self, step):
-        return any(line["step"] == step for line in self.evals)
-
     def log_eval(self, step, numbers):
         self.read()
-        if self.world > 1:  # all decide from the same numbers
-            shared = [numbers]
-            dist.broadcast_object_list(shared, src=0)
-            numbers = shared[0]
         if not math.isfinite(numbers["val_loss"]):
             self.not_finite(step, f"validation loss {numbers['val_loss']}")
         self.tick()
-        self.evals.append({"step": step, "kind": "eval", **numbers, **self.progress})
-        self.log(self.evals[-1])
+        self.evals[step] = {"step": step, "kind": "eval", **numbers, **self.progress}
+        self.log(self.evals[step])
         errors = {key: f"±{numbers[f'{key}_se']:.3f}" for key in numbers if f"{key}_se" in numbers}
         text = "  ".join(f"{key} {value:.4f}{errors.get(key, '')}" for key, value in numbers.items()
                          if key.startswith(("val_", "heldout_")) and not key.endswith(("_se", "_before")))
@@ -343,19 +305,14 @@ class Run:
     def log_collapse(self, step, drop):
         """drop: what spectra.change_point found, or None."""
         if drop:
-            action = self.config.on_collapse
-            self.collapse = {"step": step, "kind": "collapse", **drop, "action": action, **self.progress}
-            self.log(self.collapse)
-            self.print("collapse  {curve} fell by {size:.1%} at step {at}, seen at step {step}: {action}"
-                       .format_map(self.collapse))
+            self.collapse = {"step": step, "kind": "collapse", **drop, "action": self.config.on_collapse}
+            self.log(self.collapse | self.progress)
+            self.print(f"collapse  {drop['curve']} fell by {drop['size']:.1%} at step {drop['at']}")
 
     def not_finite(self, step, what):
         """Training has come apart: nothing of this step is saved."""
         newest = max(checkpoints(self.config.out_dir), default="none")
-        self.end(1, f"step {step}: {what}; nothing of this step was saved, the last checkpoint is {newest}. "
-                    "Try a lower lr or inner_lr, or a longer warm-up")
-
-    # Saving and the end
+        self.end(1, f"step {step}: {what}; the last checkpoint is {newest}. Try a lower lr, a longer warm-up")
 
     def save(self, step, spectra):
         """Write a checkpoint, whole or not at all. spectra: the arrays that spectra.measure gives."""
@@ -364,8 +321,8 @@ class Run:
             self.not_finite(step, "weights are not finite")
         if self.rank == 0:
             os.fsync(self.log_file.fileno())  # a checkpoint never knows of steps that the log has lost
-            moments = {f"{key}/{name}": self.optimizer.state[p][key] for name, p in self.params.items()
-                       if p in self.optimizer.state for key in MOMENTS}
+            moments = {f"{key}/{name}": moment for name, p in self.params.items()
+                       for key, moment in self.optimizer.state.get(p, {}).items()}
             state = {"settings": dataclasses.asdict(self.config), "progress": self.progress,
                      "corpus_hash": self.corpus.hash, "scaler": self.scaler.state_dict()}
             save_checkpoint(self.config.out_dir, step, self.model, self.head, moments, self.corpus.tokenizer,
@@ -376,21 +333,21 @@ class Run:
         """A sampled paragraph, the result, and curves.png."""
         if self.rank:
             return
-        config, numbers = self.config, self.evals[-1]
-        eot = torch.tensor([[self.corpus.eot]], device=self.device)
+        config, eot = self.config, self.corpus.eot
         rng = torch.Generator(self.device).manual_seed(config.seed)
         with autocast, torch.compiler.set_stance("force_eager"):  # each length would be compiled
-            ids = self.model.generate(eot, 160, temperature=0.8, top_k=50, generator=rng)[0, 1:].tolist()
-        ids = ids[: [*ids, self.corpus.eot].index(self.corpus.eot)]
+            idx = torch.tensor([[eot]], device=self.device)
+            ids = self.model.generate(idx, 160, temperature=0.8, top_k=50, generator=rng)[0, 1:].tolist()
+        ids = ids[: [*ids, eot].index(eot)]
         self.print(f"\n{self.corpus.tokenizer.decode(ids).strip()}\n")
+        numbers = self.evals[max(self.evals)] | {"chance": 1 / config.n_way, "GiB": peak_memory(self.device)}
         self.print("result  val_loss {val_loss:.4f}, {val_bits_per_byte:.4f} bits per byte, "
                    "after {step:,} steps, {lm_tokens:,} LM tokens, {episode_tokens:,} episode tokens, "
-                   "{flops:.2e} FLOPs, {seconds:.0f} s, ".format_map(numbers)
-                   + f"peak memory {peak_memory(self.device):.2f} GiB")
+                   "{flops:.2e} FLOPs, {seconds:.0f} s, peak memory {GiB:.2f} GiB".format_map(numbers))
         if "heldout_query_acc" in numbers:
             self.print("result  held-out words: query accuracy {heldout_query_acc:.3f} ± "
                        "{heldout_query_acc_se:.3f} after adaptation, {heldout_query_acc_before:.3f} before, "
-                       .format_map(numbers) + f"chance {1 / config.n_way:.3f}")
+                       "chance {chance:.3f}".format_map(numbers))
         path, title = f"{config.out_dir}/curves.png", f"{config.out_dir} after {numbers['step']:,} steps"
         figures.save(figures.curves(read_log(config.out_dir), dataclasses.asdict(config), title), path)
         self.print(f"curves  {path}\nrun     {config.out_dir}")
@@ -406,21 +363,11 @@ class Run:
 
 def read_log(folder, up_to=math.inf):
     """The lines of log.jsonl up to and including step `up_to`. A last line torn by a crash is left out."""
-    path, lines = os.path.join(folder, "log.jsonl"), []
-    texts = open(path, "rb").readlines() if os.path.exists(path) else []
-    for number, text in enumerate(texts, 1):
-        with reading(f"{path}, line {number}", "copy the log again, or delete the line"):
-            if text.endswith(b"\n"):
-                lines.append(json.loads(text))
-                assert type(lines[-1]["step"]) is int and type(lines[-1]["kind"]) is str
-    return [line for line in lines if line["step"] <= up_to]
-
-def git_commit():
-    """The commit of this code, with a + where files differ from it; empty outside a git checkout."""
-    words = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-    return ""
+    path = Path(folder, "log.jsonl")
+    with reading(path, "copy the log again, or delete the damaged line"):
+        texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        lines = json.loads(b"[" + b",\n".join(texts) + b"]")  # an error then names the line
+        return [line for line in lines if line["step"] <= up_to and line["kind"]]
 
 def costs(config, model, head):
     """Tokens and FLOPs of a step of each kind. Padding is computed on, so it counts."""

@@ -28,28 +28,23 @@ Positive = Annotated[float, lambda x: 0 < x < math.inf, "a number above 0"]
 PLAIN = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "text"}
 
 def load(cls, usage, rules=(), argv=None, allow_words=True):
-    """An instance of the dataclass `cls`, and the words that are neither config files nor settings.
-
-    Ends the program with exit code 0 after --help, and with code 2 and one line after a mistake.
-    """
+    """An instance of the dataclass `cls`, and the words that are neither files nor settings."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, usage))
         sys.exit(0)
     values, words = {}, []
-    for word in argv:
-        if word.endswith(".py") and not word.startswith("-"):
-            values |= read_config_file(cls, word)
-        elif not word.startswith("-"):
-            words.append(word)
-    if words and not allow_words:
-        fail(f"cannot read {words[0]}: a config file ends in .py, a setting is --key=value (see --help)")
-    given = {}
-    for word in argv:  # after every file, wherever it stood: the command line has the last word
+    for word in sorted(argv, key=lambda word: word.startswith("-")):  # so the command line has the last word
         if word.startswith("-"):
             key, setting = read_word(cls, word)
-            given[key] = given.get(key, []) + setting if isinstance(setting, list) else setting
-    config = cls(**values | given)
+            values[key] = values.get(key, []) + setting if isinstance(setting, list) else setting
+        elif word.endswith(".py"):
+            values |= read_config_file(cls, word)
+        elif allow_words:
+            words.append(word)
+        else:
+            fail(f"cannot read {word}: a config file ends in .py, a setting is --key=value (see --help)")
+    config = cls(**values)
     for holds, sentence in rules:
         if not holds(config):
             named = [key for key in dict.fromkeys(re.findall(r"\w+", sentence)) if hasattr(config, key)]
@@ -58,17 +53,15 @@ def load(cls, usage, rules=(), argv=None, allow_words=True):
 
 def read_config_file(cls, path):
     """The settings that a config file assigns. Its imports and its names with a leading _ are its own."""
-    file = path if os.path.exists(path) else os.path.join(ROOT, path)
-    if not os.path.isfile(file):
+    if not os.path.isfile(file := path if os.path.exists(path) else os.path.join(ROOT, path)):
         near = difflib.get_close_matches(os.path.basename(path), os.listdir(ROOT / "config"), n=1, cutoff=0.0)
         fail(f"no config file {path} (did you mean config/{near[0]}?)")
     try:
         names = runpy.run_path(file)
     except Exception as error:  # the file is the user's own program: anything can be wrong in it
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == file]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
-        fail(f"{path}, line {line}: {type(error).__name__}: {reason(error)}")
+        lines = [getattr(error, "lineno", 1), *(frame.lineno for frame in frames if frame.filename == file)]
+        fail(f"{path}, line {lines[-1]}: {type(error).__name__}: {reason(error)}")
     own = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
     return {key: checked(cls, key, setting, path) for key, setting in own.items()}
 
@@ -112,13 +105,11 @@ def help_text(cls, usage):
     """Each field as `--key=default  its comment`, under the comment lines that head the class's groups."""
     lines = [(usage or "").strip(), ""]
     for line in inspect.getsource(cls).splitlines():
-        field = re.match(r"    (\w+): .+? = .*?  # (.*)", line)
-        if field:
+        if field := re.match(r"    (\w+): .+? = .*?  # (.*)", line):
             key, comment = field.groups()
             kind = get_type_hints(cls, include_extras=True)[key]
             choices = f" ({', '.join(map(str, get_args(kind)))})" if get_origin(kind) is Literal else ""
-            default = getattr(cls, key, "")
-            lines.append(f"  --{key}={default}".ljust(34) + f"  {comment}{choices}")
+            lines.append(f"  --{key}={getattr(cls, key, '')}".ljust(34) + f"  {comment}{choices}")
         elif line.startswith("    # "):
             lines.append(line[6:])
     return "\n".join(lines)

@@ -257,7 +257,7 @@ def test_schedules(results, quick_start):
 MISTAKES = {  # name: what the one line says
     "bad lr": "lr = 2.0", "bad block_size": "block_size = 1000000",
     "taken": "--resume=True", "nothing to resume": "--out_dir", "locked": "locked",
-    "other seed": "seed = 0", "behind": "max_steps = 100", "no corpus": "data/prepare.py novels --source=",
+    "other seed": "seed = 0", "behind": "max_steps = 100", "no corpus": "data/prepare.py",
     "pruned": "step_000080"}
 
 @pytest.mark.parametrize("name", MISTAKES)
