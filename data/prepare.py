@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from plumbing import settings
 from plumbing.corpus import file_options, list_files, stream
-from plumbing.files import ROOT, fail, lock, read_json, reading, write_atomic
+from plumbing.files import ROOT, fail, lock, read_json, reading, sha256_of, write_atomic
 from plumbing.settings import Count, Share, Whole
 from plumbing.tokenizer import EOT, HUB_FILES, LONG_SPACE, MASK, HubTokenizer, Tokenizer, load_tokenizer
 
@@ -241,8 +241,7 @@ def write_tokens(work, sources, tokenizer, config, save):
 def make_meta(work, sources, tokenizer, asked):
     """The content of meta.json. The one that is in `work` describes the tokenizer."""
     meta = read_json(work / "meta.json")
-    sha256 = {name: hashlib.file_digest(open(work / name, "rb"), "sha256").hexdigest()
-              for name in ("train.bin", "val.bin", *meta["sha256"])}
+    sha256 = {name: sha256_of(work / name) for name in ("train.bin", "val.bin", *meta["sha256"])}
     ends = [0, *accumulate(source.done["val"]["tokens"] for source in sources)]
     of_sources = [{"name": source.name, "weight": source.weight, **source.done, "val_range": list(val_range)}
                   for source, val_range in zip(sources, pairwise(ends), strict=True)]

@@ -5,7 +5,6 @@
 
 Checkpoints are data: only safetensors and JSON are read, nothing is unpickled, no code of a checkpoint runs.
 """
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import Llama, ModelConfig
-from plumbing.files import fail, read_json, reading
+from plumbing.files import fail, read_json, reading, sha256_of
 from plumbing.tokenizer import hf_files, load_tokenizer
 
 NAMES = {  # ours: (Hugging Face's, pico-decoder's); {i} is the number of a block
@@ -93,10 +92,6 @@ def hf_config(shape):
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "head_dim": shape.d_model // shape.n_heads, "hidden_act": "silu",
         "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 CARD = """---
 library_name: transformers

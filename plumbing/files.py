@@ -4,6 +4,7 @@ Importing this module changes what an error prints. Scripts import it before tor
 """
 import atexit
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -84,6 +85,13 @@ def write_atomic(path, content):
         os.replace(beside, path)
     finally:
         Path(beside).unlink(missing_ok=True)
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
 
 def read_json(path, remedy="make it or copy it again"):
     """The object in a JSON file; a damaged file ends the program."""

@@ -104,7 +104,7 @@ from plumbing.run import Run
 runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 # Every script, one after the other, without what Windows and macOS lack.
-ELSEWHERE = """import multiprocessing, os, runpy, signal, sys, tempfile
+ELSEWHERE = """import asyncio, multiprocessing, os, runpy, signal, sys, tempfile
 for name in ("resource", "fcntl"):
     sys.modules[name] = None
 for name in ("sysconf", "fork", "mkfifo"):

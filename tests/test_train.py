@@ -321,7 +321,7 @@ def test_collapse_is_decided_from_the_log_and_a_resumed_run_decides_the_same(qui
         folder = tmp_path / f"{action} doctored"
         (collapse,) = log_of(folder, "collapse")
         assert (collapse["step"], collapse["at"], collapse["action"]) == (42, 34, action)
-        assert collapse["size"] == pytest.approx(1 / 3, abs=0.04)  # the training went on meanwhile
+        assert collapse["size"] == pytest.approx(1 / 3, abs=0.1)  # the training went on meanwhile
         shutil.rmtree(folder / f"step_0000{42 if action == 'stop' else 60}")  # as after a kill
     stop, vanilla, meta = train(" doctored", resume=True, max_steps=66)  # and raised meanwhile
     assert (stop, vanilla, meta[:60]) == (42 * "l", plain[:42] + 24 * "l", 42 * "l" + plain[42:])
