@@ -149,8 +149,8 @@ class Llama(nn.Module):
     def features(self, idx, caches=None, first=0):
         """Final hidden states (B, T, C), after the last norm, of the token ids idx (B, T).
 
-        Position t has read idx[:, :t + 1] and nothing later. In `generate` idx begins at position `first`
-        and has read the positions in `caches`, a dict for each block, too.
+        Position t has read idx[:, :t + 1] and nothing later. In `generate` idx begins at position `first`,
+        and `caches`, a dict for each block, holds the keys and values of the positions before.
         """
         head_dim = self.config.d_model // self.config.n_heads
         cos, sin = rotary_table(first + idx.size(1), head_dim, self.config.rope_theta, idx.device)
@@ -178,15 +178,16 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, n_tokens, temperature=1.0, top_k=None, generator=None):
-        """Extend idx (B, T) by n_tokens; temperature 0 is the likeliest. Each attends to the last block_size.
+        """Extend idx (B, T) by n_tokens; temperature 0 takes the likeliest.
 
-        A token is run through the model once: its keys and values are kept.
+        A token is run through the model once: its keys and values are kept. It attends to itself and the
+        block_size - 1 before it, a sliding window.
         """
         window, caches = self.config.block_size, [{} for _ in self.blocks]
         new = idx[:, -window:]
         for _ in range(n_tokens):
             x = self.features(new, caches, first=idx.size(1) - new.size(1))[:, -1]  # (B, C)
-            caches = [{name: kept[:, :, 1 - window :] for name, kept in cache.items()} for cache in caches]
+            caches = [{name: kept[:, :, -window + 1 :] for name, kept in cache.items()} for cache in caches]
             logits = self.unembedding(x).float()  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1), the least that stays
@@ -225,10 +226,10 @@ class Llama(nn.Module):
 GROUPED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 def attend(q, k, v):
-    """Causal softmax(q k^T / sqrt(D)) v of q (B, H, T, D) and k, v (B, K, T, D): (B, H, T, D)."""
+    """Causal softmax(q k^T / sqrt(D)) v of q (B, H, T, D) and k, v (B, K, S, D); S = T, or T = 1."""
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu":
-            if torch.compiler.is_compiling() and q.size(2) <= 512:  # longer rows would keep too many scores
+            if torch.compiler.is_compiling() and q.size(2) == k.size(2) <= 512:  # more keep too many scores
                 return causal_attention(q, k, v)
             q, k, v = q.float(), k.float(), v.float()  # here about three times as fast as bfloat16
         elif not GROUPED or q.dtype == torch.float32:
@@ -260,7 +261,7 @@ def causal_attention(q, k, v):
 def compile_parts(model):
     """Compile the block and the loss, not the model: one compilation serves all layers.
 
-    Each shape has its own kernels, whichever comes first: a resumed run meets them in another order. The
+    Each shape gets its own kernels, so that it does not matter which comes first when a run is resumed. The
     compiled loss reads the logits as the product leaves them, in bfloat16, and writes their gradient so.
     Plain cross-entropy makes several copies in float32.
     """

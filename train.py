@@ -42,14 +42,14 @@ shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig
 model = Llama(ModelConfig(**shape, vocab_size=corpus.vocab_size)).to(device)
 if run.compile:
     model.compile_parts()
-# The multi-task control does not adapt, so that its head needs an output for each id of the vocabulary.
+# The multi-task control does not adapt, so its head needs an output for each id of the vocabulary.
 multi_task = config.inner_steps == 0
 head = maml.init_head(config.d_model, corpus.vocab_size if multi_task else config.n_way, config.head_layers,
                       config.head_hidden, torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
-# Gradient descent from a head of zeros is stable while inner_lr / n_way is below 1: the loss of N classes is
-# curved by at most 2 / N, for features and bias of length 1 each.
-inner_lr = config.inner_lr * config.n_way
+# At a linear head of zeros the loss of N classes is curved by at most 2 / N (features and bias of length 1).
+# So steps below N are stable: config.inner_lr is the step divided by N.
+inner_step = config.inner_lr * config.n_way
 params = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
 optimizer = torch.optim.AdamW(
     [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -69,7 +69,7 @@ def rng(stream, *index):
 def to_device(array, dtype=np.int64):
     """An array as a tensor on the device, copied while the GPU works on."""
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 def get_batch(tokens, starts):
     """Inputs and targets, each (B, T): the T tokens from each start, and the same shifted by one."""
@@ -94,12 +94,12 @@ def training_episode(step, number):
     return episode
 
 if config.meta_ratio and not config.resume:
-    training_episode(1, 0)  # a text without episodes is told before the run begins
+    training_episode(1, 0)  # a text without episodes is reported before the run begins
 
 # --------------------------------------------------------------------------------------------------
 # The two objectives. A language-model step predicts the next token. A meta step takes few-shot tasks:
 # which of N words was masked here? On a task's support set a small head adapts by gradient descent, the
-# inner loop. The adapted head's loss on the query set is the meta loss, the outer loop: its gradient
+# inner loop. The adapted head's loss on the query set is the meta loss. Its gradient, the outer loop,
 # trains the model, and the head's start, to be easy to adapt. At first order (Finn et al. 2017, section
 # 5.2) the support features are constants, so the model learns from the query set alone. One AdamW makes
 # the steps of both kinds.
@@ -144,7 +144,7 @@ def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
         query = features(e["query"], e["query_pos"])
     start = maml.columns(head, e["words"]) if columns else head
     return maml.episode_loss(start, support, e["support_labels"], query, e["query_labels"],
-                             lr=inner_lr, steps=steps, first_order=not config.second_order)
+                             lr=inner_step, steps=steps, first_order=not config.second_order)
 
 # What adapts besides the head: parameters of `reader`, the model read at one position of each row.
 reader, target = maml.inner_target(model, config.target, config.target_layers)
@@ -155,7 +155,7 @@ def run_episodes_through(e, head, steps):
     """run_episodes where parts of the model adapt too: it runs in every inner step, episode by episode."""
     # FORK HERE for other parameters to adapt: name their start here, and say in `logits` how the model reads.
     start = {**target, **{f"head.{name}": p for name, p in head.items()}}
-    rates = {name: inner_lr if name.startswith("head.") else config.target_lr for name in start}
+    rates = {name: inner_step if name.startswith("head.") else config.target_lr for name in start}
 
     def logits(params, windows):  # windows: tokens (M, L) and the positions (M,) to read -> (M, N)
         with inner_autocast:
@@ -179,12 +179,12 @@ def run_episodes_through(e, head, steps):
 # Schedule
 
 def objective(step):
-    """"meta" with probability meta_ratio, else "lm". on_collapse ends meta steps, or begins them, there."""
+    """"meta" with probability meta_ratio, else "lm". on_collapse may end "meta" for good, or begin it."""
     allowed = {"vanilla": not run.collapse, "meta": bool(run.collapse)}.get(config.on_collapse, True)
     return "meta" if allowed and rng(COIN, step).random() < config.meta_ratio else "lm"
 
 def lr_at(step):
-    """Learning rate of a step, counted from 1: linear warm-up, then constant or down to 0 after max_steps."""
+    """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     left = (config.max_steps + 1 - step) / (config.max_steps + 1 - config.warmup_steps)  # 1 to 0
@@ -199,8 +199,9 @@ if no_val_episodes:
     run.print(f"data    no episodes in evaluations: {no_val_episodes}")
 sources = corpus.sources if len(corpus.sources) > 1 else {}  # the loss of a single one is the loss
 
-def val_loss(first, last):
-    """Mean loss on rows spread evenly over the validation tokens from first to last."""
+def val_loss(span):
+    """Mean loss on rows spread evenly over the validation tokens of a span (first, last)."""
+    first, last = span
     n_rows = min(config.eval_steps * config.batch_size, (last - first) // (config.block_size + 1))
     starts = np.linspace(first, last - config.block_size - 1, n_rows).astype(np.int64)
     total = torch.zeros((), device=device)
@@ -212,11 +213,12 @@ def val_loss(first, last):
 @torch.no_grad()
 def evaluate(n_episodes):
     """Validation loss, and query accuracy of a fresh head on seen and held-out words."""
-    loss = val_loss(0, len(corpus.val))
+    run.read()  # so that no step is charged with the evaluation
+    loss = run.within_memory("lm", val_loss, (0, len(corpus.val)))
     numbers = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * corpus.val_tokens_per_byte}
     for name, (first, last) in sources.items():
         if last - first > config.block_size:
-            numbers[f"val_loss/{name}"] = val_loss(first, last)
+            numbers[f"val_loss/{name}"] = val_loss((first, last))
     fresh = maml.fresh_head(head, config.n_way)
     wanted = {} if no_val_episodes else {"val_query_acc": False, "heldout_query_acc": True}
     for key, heldout in wanted.items():

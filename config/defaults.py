@@ -27,7 +27,7 @@ class Config:
     block_size: Count = 512  # tokens in a row
     # Optimization
     batch_size: Count = 64  # rows in a language-model step, over all processes
-    micro_batch_size: Whole = 0  # rows that a process has in memory at once; 0 takes as many as fit on a GPU
+    micro_batch_size: Whole = 0  # rows in memory at once in a process; 0: all, or what half a GPU's holds
     max_steps: Count = 6000  # optimizer steps of either kind
     lr: Positive = 3e-4  # peak learning rate of AdamW, the outer loop
     warmup_steps: Whole = 2500  # steps from 0 to the peak
@@ -40,7 +40,7 @@ class Config:
     k_shot: Count = 4  # support windows of each word
     q_query: Count = 4  # query windows of each word
     episodes_per_step: Count = 1  # episodes in a meta step, over all processes
-    micro_episodes: Whole = 0  # episodes that a process has in memory at once; 0 takes as many as fit
+    micro_episodes: Whole = 0  # episodes in memory at once in a process; 0 likewise
     episode_len: Count = 64  # longest window in tokens; independent of block_size
     readout: Literal["before", "mask", "last"] = "before"  # the token whose features are read
     word_min_count: Count = 20  # least occurrences of a word in the pool
@@ -49,7 +49,7 @@ class Config:
     on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # then stop, end meta steps, or begin them
     # Inner loop
     inner_steps: Whole = 10  # gradient steps on the support set; 0 is the multi-task control
-    inner_lr: Positive = 0.625  # their learning rate for each word: a step is inner_lr * n_way
+    inner_lr: Positive = 0.625  # their learning rate divided by n_way
     second_order: bool = False  # differentiate through the inner gradients
     target: Literal["head", "attention", "mlp", "attention+mlp", "norms", "all"] = "head"  # what adapts
     target_layers: str = ""  # in which blocks, as 0,1,5; empty is all (and the final norm, if norms or all)

@@ -11,7 +11,8 @@ one. --source=[NAME=]hf:DATASET[,config][,split][,column] streams a dataset of t
 follow one another. With --weights the next document comes from the source furthest behind its share of the
 training tokens; none is repeated. The hash of a text (in docstrings, of its name) sends it to train or val.
 Only tokens reach the disk. After Ctrl-C or kill -9 the same command continues, to the same bytes: it reads
-the text (a dataset of the hub: downloads it) from the start, but does not encode again what is done.
+the text (a dataset of the hub: downloads it) from the start, but encodes only what came after the last save,
+one every 30 seconds.
 """
 import hashlib
 import json
@@ -196,6 +197,7 @@ def describe(name, config, sources):
 
 def begin(work, config, sources, tokenizer):
     """Clear the folder, put a tokenizer there (None: train one) and a meta.json that describes it."""
+    (work / "state.json").unlink(missing_ok=True)  # first: without it nothing here is continued
     for file in work.glob("[!.]*"):  # all but the lock
         file.unlink()
     for source in sources:
@@ -287,7 +289,8 @@ def report(meta, folder):
               f"{source['left_out']:,} documents left out (--val_tokens)")
     print(f"{folder}: {documents:,} documents, {size / 1e6:.1f} MB of text, {tokens:,} tokens of "
           f"{size / tokens:.2f} bytes ({val['tokens']:,} for validation), corpus {meta['corpus_hash']}\n"
-          f"next: python train.py config/train_11m.py --dataset={folder.name} --data_dir={folder.parent}")
+          f"next: python train.py config/train_11m.py --dataset={folder.name} --data_dir={folder.parent} "
+          f"--out_dir=out/{folder.name}")
 
 def main():
     config, words = settings.load(Config, __doc__, RULES)

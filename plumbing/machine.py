@@ -38,7 +38,7 @@ def choose_device(setting, local_rank=0):
     return torch.device("cuda", local_rank)
 
 def choose_dtype(setting, device):
-    """The dtype of matrix products: one of half the size where there are instructions for it."""
+    """The dtype of matrix products: bfloat16, or on older CUDA GPUs float16, where there are instructions."""
     if setting != "auto":
         return getattr(torch, setting)
     if device.type == "cuda":

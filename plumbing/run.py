@@ -1,6 +1,6 @@
 """A training run on disk and among processes: folder, log, resuming, signals, wandb, and the final report.
 
-The loop itself is in train.py. Tensors meet here only to be summed over processes.
+The loop itself is in train.py.
 """
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ class Run:
         self.compile = not why_not
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
         gpu = self.device.type == "cuda"
-        self.lag = int(gpu)  # how many steps their numbers are read later
+        self.lag = int(gpu)  # how many steps late a step's numbers are read
         where = torch.cuda.get_device_name() if gpu else f"{self.device}, {torch.get_num_threads()} threads"
         compiled = f"not compiled ({why_not})" if why_not else "compiled"
         self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, {compiled}")
@@ -207,11 +207,12 @@ class Run:
         """Rows and episodes at a time: the settings; where 0, what half a GPU's free memory holds, or all."""
         c, shape, tokens = self.config, model.config, 2**60
         if self.device.type == "cuda":
-            # Bytes that the backward pass needs of a token: those of the blocks, and of its logits.
+            # Bytes that the backward pass keeps for a token: those of the blocks, and its logits.
             kept = 40 * shape.d_model * shape.n_layers + 4 * shape.vocab_size
             tokens = torch.cuda.mem_get_info()[0] / 2 / (kept if self.compile else 3 * kept)
+        windows = c.q_query + c.k_shot * (c.second_order or c.target != "head")  # of a word, with gradients
         sizes = {"lm": (c.micro_batch_size, c.batch_size, c.block_size),
-                 "meta": (c.micro_episodes, c.episodes_per_step, c.n_way * c.q_query * c.episode_len)}
+                 "meta": (c.micro_episodes, c.episodes_per_step, c.n_way * windows * c.episode_len)}
         self.micro = {kind: setting or min(most, 2 ** int(math.log2(max(1, tokens / length))))
                       for kind, (setting, most, length) in sizes.items()}
 
@@ -259,7 +260,7 @@ class Run:
             self.write_step(*self.unread.pop(0))
 
     def write_step(self, step, kind, names, values, there, lr):
-        """The same for one step; ends the run if its loss or norm is not finite."""
+        """Read, check, log and print one step; ends the run if its loss or norm is not finite."""
         there.synchronize()
         *values, asked, norm = values.tolist()
         self.stopping, line = bool(asked), dict(zip(names, values, strict=True))

@@ -45,12 +45,12 @@ def test_lora(data_dir, tmp_path):
         assert all(abs(a - b) > 1e-4 for a, b in zip(steps["moving"], steps[other], strict=True))
 
 def test_prototypes(tmp_path):
-    """One step of lr = 1 from zero gives the class means; the loss is of a softmax over distances to them."""
+    """One step of lr = N from zero gives the class means; the loss is of a softmax over distances to them."""
     fork = forked(tmp_path / "fork", "prototypes")
     (fork / "program.py").write_text("""import sys, torch, maml
 support, query = torch.load(sys.argv[1])
 labels = torch.arange(3).repeat_interleave(4)[None]
-loss, numbers = maml.episode_loss(maml.init_head(5, 3), support, labels, query, labels, lr=1.0, steps=1)
+loss, numbers = maml.episode_loss(maml.init_head(5, 3), support, labels, query, labels, lr=3.0, steps=1)
 print(loss.item(), numbers["query_acc"].item())
 """)
     support, query = torch.randn(2, 1, 12, 5, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ random = torch.Generator().manual_seed(0)
 x, z = torch.randn(2, 1, 6, 5, dtype=torch.float64, generator=random)
 labels = torch.arange(3).repeat_interleave(2)[None]
 head = {name: p.double() for name, p in maml.init_head(5, 3, layers=2, hidden=4, generator=random).items()}
-rate = head["rate.1.weight"].requires_grad_()
+rate = head["1.weight.rate"].requires_grad_()
 def loss():
     return maml.episode_loss(head, x, labels, z, labels, lr=2.0, steps=3, first_order=False)[0]
 (gradient,) = torch.autograd.grad(loss(), rate)
@@ -82,7 +82,7 @@ with torch.no_grad():
     print(gradient[2, 3].item(), ((above - loss()) / 2e-5).item())
     rate[2, 3] += 1e-5
     fresh = maml.fresh_head(head, 7)
-    print(sorted(set(head) ^ set(fresh)), fresh["rate.1.weight"].shape == fresh["1.weight"].shape == (7, 4))
+    print(sorted(set(head) ^ set(fresh)), fresh["1.weight.rate"].shape == fresh["1.weight"].shape == (7, 4))
 """)
     (done,) = run_many(fork / "program.py", [[]])
     first, second = done.stdout.splitlines()
@@ -92,5 +92,5 @@ with torch.no_grad():
     words = ["--lr=0.01", "--ckpt_interval=1"]
     learned = meta_steps(fork / "train.py", tmp_path, data_dir, {"learned": words})["learned"]
     assert learned[0] == pytest.approx(plain[0], rel=1e-6)  # at the first step all rates are lr
-    first, second = (checkpoint(tmp_path / "learned", step).head["rate.0.weight"] for step in (1, 2))
+    first, second = (checkpoint(tmp_path / "learned", step).head["0.weight.rate"] for step in (1, 2))
     assert first.abs().max() > 0.001 and not torch.equal(first, second)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from config.defaults import Config
 from maml import adapt, columns, episode_loss, fresh_head, head_logits, init_head, inner_target
 from model import Llama, ModelConfig
 
@@ -405,3 +406,33 @@ def test_targets_are_these_parameters(target, layers, pattern):
         for name in wanted:
             model.get_parameter(name).mul_(2)
     assert torch.equal(changed, model.features(idx)[range(3), positions])
+
+# --------------------------------------------------------------------------------------------------
+# The inner learning rate for each class
+
+@pytest.mark.parametrize("n_way", [2, 5, 16])
+def test_the_loss_at_a_zero_head_is_curved_by_at_most_two_over_the_ways(n_way):
+    """So steps of inner_lr * n_way are stable below inner_lr = 1. Windows all alike reach the bound."""
+    labels = torch.arange(n_way).repeat_interleave(2)
+    features = F.normalize(torch.randn(2 * n_way, 4).double(), dim=1)
+    for x, alike in (features, False), (features[:1].expand(2 * n_way, 4), True):
+        def loss(flat, x=x):
+            head = {"0.weight": flat[: 4 * n_way].view(n_way, 4), "0.bias": flat[4 * n_way :]}
+            return F.cross_entropy(head_logits(head, x), labels)
+
+        curvature = torch.linalg.eigvalsh(torch.func.hessian(loss)(torch.zeros(5 * n_way).double()))[-1]
+        assert curvature == pytest.approx(2 / n_way) if alike else curvature < 2 / n_way
+
+@pytest.mark.parametrize("n_way", [2, 5, 16, 64])
+@pytest.mark.parametrize("shots", [1, 5])
+def test_the_default_inner_lr_is_stable_for_any_number_of_ways(n_way, shots):
+    """Features of length 1 with a strong common direction, as a model's are: the loss falls at every step."""
+    x = F.normalize(torch.randn(n_way * shots, 8).double() + 2, dim=1)
+    labels, head = torch.arange(n_way).repeat_interleave(shots), init_head(8, n_way)
+    head, losses = {name: p.double() for name, p in head.items()}, []
+    def loss(head, batch):
+        return F.cross_entropy(head_logits(head, batch[0]), batch[1])
+    for steps in range(11):
+        adapted = adapt(loss, head, (x, labels), Config.inner_lr * n_way, steps)
+        losses.append(loss(adapted, (x, labels)).item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < math.log(n_way) - 0.01
