@@ -51,18 +51,18 @@ class HubTokenizer(Tokenizer):
         paths = [path for name in HUB_FILES if (path := Path(folder, name)).exists()]
         self.files = {path.name: path.read_bytes() for path in paths}
         self.json = self.files["tokenizer.json"].decode()
-        self.library = tokenizers.Tokenizer.from_str(self.json)
-        self.library.encode_special_tokens = True  # written out in a text they are ordinary characters
-        self.library.no_padding()
-        self.library.no_truncation()
-        tokens = self.library.get_vocab()
+        self.backend = tokenizers.Tokenizer.from_str(self.json)
+        self.backend.encode_special_tokens = True  # written out in a text they are ordinary characters
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        tokens = self.backend.get_vocab()
         self.n_vocab = max(tokens.values()) + 1
         if self.n_vocab > len(self.json):  # a list of that length would take more memory than the file
             raise ValueError(f"its ids go up to {self.n_vocab - 1:,}, but it is too short for so many")
         self.token_bytes = [b""] * self.n_vocab
         for token, i in tokens.items():
             self.token_bytes[i] = bytes_of(token, '"ByteLevel"' in self.json)
-        for i, token in self.library.get_added_tokens_decoder().items():
+        for i, token in self.backend.get_added_tokens_decoder().items():
             self.token_bytes[i] = b"" if token.special else token.content.encode()
         self.eot_text = text_token(self.files, tokens)
         self.eot = tokens[self.eot_text]
@@ -71,11 +71,11 @@ class HubTokenizer(Tokenizer):
         self.mask = masks[0] if masks else None
 
     def encode_ordinary(self, text):
-        pieces = [self.library.encode(piece, add_special_tokens=False) for piece in LONG_SPACE.split(text)]
+        pieces = [self.backend.encode(piece, add_special_tokens=False) for piece in LONG_SPACE.split(text)]
         return [i for piece in pieces for i in piece.ids]
 
     def decode(self, ids):
-        return self.library.decode([i for i in ids if i < self.n_vocab], skip_special_tokens=False)
+        return self.backend.decode([i for i in ids if i < self.n_vocab], skip_special_tokens=False)
 
 def load_tokenizer(folder):
     """The tokenizer in a folder: a tokenizer.json, or a corpus's tokenizer.tiktoken with meta.json."""
