@@ -198,6 +198,8 @@ def evaluate(task, name, loaded):
     shape = model.config.d_model, task.n_way, trained["head_layers"], trained["head_hidden"]
     head = maml.fresh_head(loaded.head, task.n_way) if loaded.head else maml.init_head(*shape)
     head = {key: p.to(x.device) for key, p in head.items()}
+    if trained["inner_lr"] >= 4:  # of a run from before it was for each class
+        fail(f"inner_lr = {trained['inner_lr']:g} in {loaded.path}/state.json: divide it by the run's n_way")
     inner = head, trained["inner_lr"] * task.n_way, trained["inner_steps"] or 10
     for (k, draws), (classifier, answer) in product(task.draws.items(), CLASSIFIERS.items()):
         y, accuracies = torch.arange(task.n_way, device=x.device).repeat_interleave(k), []

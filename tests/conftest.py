@@ -40,6 +40,17 @@ def run_script(*words, expect=0, cwd=ROOT):
     assert done.returncode == expect and "Traceback" not in done.stderr, (done.returncode, done.stderr)
     return done
 
+def exit_code(script):
+    """Run a script of this repository in this process, as `python script` would; returns its exit code."""
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as error:
+        return error.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
 def execute(script, words, cwd, environment):
     """What `python script words...` does, in this process, which a hang ends; the exit code."""
     signal.alarm(300)
@@ -50,14 +61,7 @@ def execute(script, words, cwd, environment):
     os.environ.update(environment)
     sys.argv, script = [script, *words], str(ROOT / script)
     sys.path.insert(0, os.path.dirname(script))
-    try:
-        runpy.run_path(script, run_name="__main__")
-        code = 0
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
+    code = exit_code(script)
     sys.stdout.flush(), sys.stderr.flush()
     return code
 
