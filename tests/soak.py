@@ -17,7 +17,6 @@ import os
 import pickle
 import random
 import resource
-import runpy
 import shutil
 import signal
 import sys
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 import torch._dynamo  # noqa: E402, F401
+from conftest import exit_code  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from model import Llama  # noqa: E402
@@ -80,6 +80,7 @@ def start(script, *words, before=lambda: None):
     pid = os.fork()
     if pid:
         return pid
+    code = 1
     try:
         signal.alarm(300)  # ends a hang
         for number in (1, 2):
@@ -87,15 +88,10 @@ def start(script, *words, before=lambda: None):
         sys.argv, sys.path[0] = [script, *map(str, words)], str((ROOT / script).parent)
         sys.path.insert(1, str(ROOT))
         before()
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-        code = 0
-    except SystemExit as ended:
-        code = ended.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
+        code = exit_code(script)
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
 
 def printed(pid, number):
     path = here / f"{pid}.{number}"
