@@ -27,7 +27,7 @@ import torch.nn.functional as F
 # Effective rank and attention entropy
 
 def in_float64(tensor):
-    """A tensor as float64, on its own device, where a GPU takes a twentieth of the time, unless it has none."""
+    """A tensor as float64 on its own device, or on the CPU where that has none."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 

@@ -16,10 +16,8 @@ _large = pathlib.Path(__file__).parents[1] / "data" / "large" / "meta.json"
 if torch.cuda.is_available() and "--device=cpu" not in sys.argv:
     max_steps, lr, warmup_steps = 6000, 3e-4, 2500  # the paper's
     batch_size, block_size = 256, 512  # most likely the paper's: 131,072 tokens a language-model step
-    micro_batch_size = 64
     n_way, k_shot, inner_steps = 32, 4, 10  # the paper's
     episodes_per_step, episode_len = 8, 128  # 131,072 tokens of support and as many of query a meta step
-    micro_episodes = 2
     if _large.exists():
         dataset = "large"
     else:

@@ -1,15 +1,12 @@
 """The 181M model: 768 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 3072.
 
 It has 181,095,168 parameters with a vocabulary of 50,304. This is the paper's recipe (Africa et al. 2025)
-on a corpus data/large, for one GPU, or for several with torchrun. Where memory runs out, lower
-micro_batch_size and micro_episodes.
+on a corpus data/large, for one GPU, or for several with torchrun.
 """
 d_model, n_layers, n_heads, n_kv_heads, d_ff = 768, 12, 12, 4, 3072
 out_dir, dataset = "out/181m", "large"
 meta_ratio = 0.5  # half of the steps are meta steps; 0 is the vanilla baseline
 max_steps, lr, warmup_steps = 6000, 3e-4, 2500  # the paper's
 batch_size, block_size = 256, 512  # most likely the paper's: 131,072 tokens a language-model step
-micro_batch_size = 16
 n_way, k_shot, inner_steps = 32, 4, 10  # the paper's
 episodes_per_step, episode_len = 8, 128  # 131,072 tokens of support and as many of query a meta step
-micro_episodes = 1

@@ -1,0 +1,421 @@
+"""Is it right on this GPU, and how fast? One command, a table, and exit code 1 where anything failed.
+
+    python tests/gpu.py               # all of it, about eight minutes on an H100
+    python tests/gpu.py train sizes    # or some of: PARTS at the end of the file
+
+Each part is a process of its own with a time limit. The table goes to gpu.json too. Text comes from
+data/docstrings, which train.py builds; no test of pytest's asks for a GPU.
+"""
+import copy
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/gpu_py_inductor")
+
+import torch  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+import maml  # noqa: E402
+import model as llama  # noqa: E402
+from plumbing.machine import choose_device  # noqa: E402
+
+GPU = choose_device("cuda")
+FOLDER = Path(os.environ.get("GPU_PY_FOLDER") or tempfile.mkdtemp())  # the parts share it
+
+def row(what, passed, text):
+    """One row of the table."""
+    print(f"{'ok    ' if passed else 'FAILED'}  {what:32}  {text}", flush=True)
+    with open(FOLDER / "rows.jsonl", "a") as rows:
+        rows.write(json.dumps({"what": what, "passed": bool(passed), "text": text}) + "\n")
+
+def error(values, exact):
+    """Relative error of some tensors, in the norm over all of them."""
+    a, b = (torch.cat([x.double().cpu().flatten() for x in tensors]) for tensors in (values, exact))
+    return ((a - b).norm() / b.norm()).item()
+
+def in_float64():
+    """Makes all of model.py compute in float64 once its weights are."""
+    return mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+
+def per_call(function, calls=10):
+    """Median seconds of a call, by the GPU's clock."""
+    seconds = []
+    for _ in range(calls + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds[3:])
+
+# --------------------------------------------------------------------------------------------------
+# The card, and the mathematics on it
+
+def peak():
+    """FLOPs a second of a large bfloat16 product."""
+    a, b = (torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / per_call(lambda: a @ b)
+
+def machine():
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(ask, capture_output=True, text=True).stdout.split() or ["unknown"]
+    of = torch.cuda.get_device_properties(GPU)
+    row("card", True, f"{torch.cuda.device_count()} x {of.name}, capability {of.major}.{of.minor}, "
+        f"{of.total_memory / 2**30:.0f} GiB, driver {driver[0]}, torch {torch.__version__}")
+    a, b = (torch.empty(2**30, device=GPU, dtype=torch.uint8) for _ in range(2))
+    row("limits", True, f"{peak() / 1e12:.0f} TFLOP/s of bfloat16 products, "
+        f"{2**31 / per_call(lambda: b.copy_(a)) / 1e12:.2f} TB/s of copies")
+
+def attention():
+    """12 query heads over 4: output and gradients against float64, spelled out."""
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)):
+        errors, kernels = {}, set()
+        for width in (8, 32, 64, 128):
+            for length in (16, 128, 512):
+                q, k, v = (torch.randn(4, heads, length, width, device=GPU, dtype=dtype, requires_grad=True)
+                           for heads in (12, 4, 4))
+                exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+                with profile(activities=[ProfilerActivity.CPU]) as seen:
+                    y = llama.attend(q, k, v)
+                kernels |= {e.key for e in seen.key_averages() if "_scaled_dot_product_" in e.key}
+                wanted = llama.causal_attention(*exact)
+                g = torch.randn_like(y)
+                results = y, *torch.autograd.grad(y, (q, k, v), g)
+                wanted = wanted, *torch.autograd.grad(wanted, exact, g.double())
+                errors[width, length] = error(results, wanted)
+        (width, length), worst = max(errors.items(), key=lambda item: item[1])
+        names = ", ".join(sorted(k.removeprefix("aten::_scaled_dot_product_") for k in kernels))
+        row(f"attention {str(dtype)[6:]}", worst < limit and "math" not in names and names,
+            f"error {worst:.1e} at most (heads of {width}, {length} tokens); {names}")
+
+def model():
+    """Two layers of each width, compiled and eager, against float64: loss and gradients."""
+    for d_model in (96, 384, 768, 1536):
+        torch.manual_seed(0)
+        plain = llama.Llama(llama.ModelConfig(d_model, 2, d_ff=4 * d_model, vocab_size=4096)).to(GPU)
+        idx = torch.randint(4096, (8, 129), device=GPU)
+
+        def loss_and_gradients(model, dtype=torch.float32, idx=idx):
+            with torch.autocast("cuda", dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+                loss = model(idx[:, :-1], idx[:, 1:])
+            return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+        with in_float64():
+            exact = loss_and_gradients(copy.deepcopy(plain).double())
+        compiled = copy.deepcopy(plain)
+        compiled.compile_parts()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        dtypes = [torch.float32, torch.float16]
+        dtypes += [torch.bfloat16] * torch.cuda.is_bf16_supported(including_emulation=False)
+        errors = {f"{how} {str(dtype)[6:]}": error(loss_and_gradients(one, dtype), exact)
+                  for how, one in (("eager", plain), ("compiled", compiled)) for dtype in dtypes}
+        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        fine = all(value < (1e-4 if "float32" in name else 3e-2) for name, value in errors.items())
+        text = [f"{name} {value:.1e}" for name, value in errors.items()]
+        row(f"model {d_model}", fine and graphs == 2 * len(dtypes) and not breaks,
+            ", ".join(text) + f"; {graphs} graphs, {breaks} breaks")
+
+def parameters():
+    """Meta-gradients in float64, GPU against CPU: the head alone, and each target, at both orders."""
+    torch.manual_seed(0)
+    net = llama.Llama(llama.ModelConfig(24, 2, n_heads=4, n_kv_heads=2, d_ff=32, vocab_size=64)).double()
+    head = {name: p.double() + 0.1 * torch.randn(p.shape, dtype=torch.float64)
+            for name, p in maml.init_head(24, 4, layers=2, hidden=8).items()}
+    windows, positions, labels = torch.randint(64, (2, 8, 12)), torch.full((8,), 11), torch.arange(8) % 4
+
+    def gradients(target, first_order, device):
+        reader, adapting = maml.inner_target(copy.deepcopy(net).to(device), target)
+        own = {f"head.{name}": p.to(device).requires_grad_() for name, p in head.items()}
+
+        def logits(params, tokens):
+            weights = {name: params[name] for name in adapting}
+            features = torch.func.functional_call(reader, weights, (tokens, positions.to(device)))
+            return maml.head_logits({name: params[f"head.{name}"] for name in head},
+                                    maml.scaled(features, torch.float64))
+
+        support, query = ((part.to(device), labels.to(device)) for part in windows)
+        with sdpa_kernel(SDPBackend.MATH), in_float64():
+            loss, _ = maml.adapted_loss(logits, {**adapting, **own}, support, query, lr=0.5, steps=3,
+                                        first_order=first_order)
+            found = torch.autograd.grad(loss, [*reader.parameters(), *own.values()], allow_unused=True)
+        return [loss.detach(), *(g for g in found if g is not None)]
+
+    for target in maml.TARGETS:
+        for order in ("first", "second"):
+            on_gpu, on_cpu = (gradients(target, order == "first", device) for device in (GPU, "cpu"))
+            row(f"maml {target}, {order} order", error(on_gpu, on_cpu) < 1e-10,
+                f"error {error(on_gpu, on_cpu):.1e}")
+
+# --------------------------------------------------------------------------------------------------
+# Parts that run train.py
+
+PROGRAM = f"""import sys, runpy
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from plumbing.run import Run
+%s
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+# Steps and a validation loss alone, and the peak memory.
+BARE = """
+import smlmt, spectra
+from plumbing.machine import peak_memory
+spectra.measure, spectra.summary = lambda *_, **o: {}, lambda measured: {}
+smlmt.Pools.problem = lambda *_, **o: "left out"
+def report(run, autocast):
+    run.print(f"peak {peak_memory(run.device):.1f} GiB, micro-batches {run.micro}")
+Run.save, Run.report = lambda *_: None, report"""
+SMALL = """config/train_11m.py --dataset=docstrings --block_size=128 --batch_size=16 --n_way=16
+    --episode_len=16 --episodes_per_step=4 --max_steps=8 --warmup_steps=1 --lr=1e-3
+    --eval_interval=1000 --eval_steps=2 --ckpt_interval=1000""".split()
+
+def begin(name, *words, patch=BARE, launch=(), **environment):
+    """Start train.py with a patch before it; its run folder is FOLDER/name."""
+    script = FOLDER / f"train_{name}.py"
+    script.write_text(PROGRAM % patch)
+    command = [sys.executable, *launch, str(script), *words, f"--out_dir={FOLDER / name}"]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def finish(name, process):
+    """Wait for a run: (its log, what it printed)."""
+    output, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{name} ended with {process.returncode}: {(errors or output)[-1500:]}")
+    return log_of(name), output
+
+def run(name, *words, **options):
+    return finish(name, begin(name, *words, **options))
+
+def log_of(name):
+    return [json.loads(line) for line in (FOLDER / name / "log.jsonl").read_text().splitlines()]
+
+def losses(log):
+    """Those of the steps, and of evaluations."""
+    names = {"lm": "lm_loss", "meta": "meta_loss", "eval": "val_loss"}
+    return [line[names[line["kind"]]] for line in log]
+
+def apart(a, b):
+    """Largest relative difference of two lists of losses."""
+    return max(abs(x - y) / abs(y) for x, y in zip(losses(a), losses(b), strict=True))
+
+PLAIN = [*SMALL, "--compile=False", "--dtype=float32"]
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # products in full float32
+
+def train():
+    """Steps of both kinds in each precision, beside a CPU's in float32."""
+    ways = {"bfloat16": ["--dtype=bfloat16", "--compile=False"], "bfloat16_compiled": ["--dtype=bfloat16"],
+            "float16_compiled": ["--dtype=float16"]}
+    running = {"cpu": begin("cpu", *PLAIN, "--device=cpu"), "float32": begin("float32", *PLAIN, **EXACT),
+               **{name: begin(name, *SMALL, *words) for name, words in ways.items()}}
+    on_cpu, _ = finish("cpu", running.pop("cpu"))
+    for name, process in running.items():
+        log, output = finish(name, process)
+        skipped = sum("skipped" in line for line in log)
+        steps = 1 if skipped else len(log)  # a skipped step leaves the weights behind
+        away = apart(log[:steps], on_cpu[:steps])
+        fine = away < (1e-4 if name == "float32" else 2e-2)
+        fine = fine and ("not compiled" not in output or "compiled" not in name)
+        row(f"train {name}", fine, f"{away:.1e} from float32 on the CPU, {skipped} steps skipped")
+
+def second():
+    """Steps in which attention adapts, differentiated through the inner loop."""
+    words = [*PLAIN, "--target=attention", "--second_order=True", "--meta_ratio=1", "--max_steps=3",
+             "--target_lr=0.1", "--episodes_per_step=1", "--inner_steps=3"]
+    running = {"second_cpu": begin("second_cpu", *words, "--device=cpu"),
+               "second_gpu": begin("second_gpu", *words, **EXACT)}
+    on_cpu, on_gpu = (finish(name, process)[0] for name, process in running.items())
+    row("train attention, second order", apart(on_gpu, on_cpu) < 1e-4,
+        f"{apart(on_gpu, on_cpu):.1e} from the CPU")
+
+def resume():
+    """kill -9, --resume=True, and the scripts that read a run."""
+    words = [*SMALL, "--max_steps=60", "--ckpt_interval=20"]
+    uninterrupted = begin("whole", *words, patch="")
+    process = begin("killed", *words, patch="")
+    for line in process.stdout:
+        if line.startswith("step     47/"):
+            process.kill()
+    process.wait()
+    resumed, output = run("killed", *words, "--resume=True", patch="")
+    whole, _ = finish("whole", uninterrupted)
+    row("kill -9 and resume", apart(resumed, whole) < 2e-2 and "after step 40" in output,
+        f"{apart(resumed, whole):.1e} from the whole run, equal: {losses(resumed) == losses(whole)}")
+    for script, *words in (["spectra.py"], ["sample.py"], ["eval_fewshot.py", "--n_episodes=5"]):
+        command = [sys.executable, script, FOLDER / "whole", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        row(script, not done.returncode, done.stderr[-300:] if done.returncode else "reads the run")
+
+def large():
+    """A data folder with a corpus `large`: docstrings, with the 50,304 ids of the paper's vocabulary."""
+    folder = FOLDER / "large"
+    if not folder.exists():
+        folder.mkdir()
+        for path in (ROOT / "data/docstrings").iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | {"vocab_size": 50304}))
+    return FOLDER
+
+def medians(log, kind):
+    """Median seconds and FLOPs of a step of one kind, but of the first four steps, which compile."""
+    seconds = [(b["seconds"] - a["seconds"], b["flops"] - a["flops"])
+               for a, b in zip(log, log[1:], strict=False) if b["kind"] == kind and b["step"] > 4]
+    return statistics.median(s for s, _ in seconds), seconds[-1][1]
+
+# Of these ten steps, by seed 3, three of each kind come after the fourth, when all is compiled.
+TEN = """--seed=3 --max_steps=10 --warmup_steps=2 --lr=3e-4 --eval_interval=1000 --eval_steps=1""".split()
+TURNS = BARE + """
+import fcntl, time
+from pathlib import Path
+log_step = Run.log_step
+def in_turn(run, step, *numbers):  # the others compile, or wait, while one has the GPU to itself
+    log_step(run, step, *numbers)
+    if step == 4:
+        run.read()
+        Path(run.config.out_dir, "compiled").touch()
+        for _ in range(1500):
+            if len(list(Path(run.config.out_dir).parent.glob("*/compiled"))) < 4:
+                time.sleep(0.1)
+        run.lock = open(Path(run.config.out_dir).parent / "turn", "w")
+        fcntl.flock(run.lock, fcntl.LOCK_EX)
+        run.clock = time.perf_counter()
+Run.log_step = in_turn"""
+
+def sizes():
+    """The shipped configs as they are. Each compiles beside the others, and is timed alone."""
+    flops, folder = peak(), large()
+    torch.cuda.empty_cache()
+    running = {size: begin(size, f"config/train_{size}.py", "--dataset=large", f"--data_dir={folder}", *TEN,
+                           patch=TURNS) for size in ("11m", "65m", "181m", "570m")}
+    for size, process in running.items():
+        log, output = finish(size, process)
+        text = [re.search("peak .*", output)[0]]
+        for kind in ("lm", "meta"):
+            seconds, work = medians(log, kind)
+            text.append(f"{kind} {1e3 * seconds:.0f} ms, {work / seconds / flops:.0%} of the peak")
+        row(size, "ran out" not in output, "; ".join(text))
+
+PROFILE = BARE + """
+import json
+from torch.profiler import ProfilerActivity, profile
+log_step, events, ten_steps = Run.log_step, [], profile(activities=list(ProfilerActivity))
+def watched(run, step, *numbers):
+    log_step(run, step, *numbers)
+    events.append(torch.cuda.Event(enable_timing=True))
+    events[-1].record()
+    if step == 60:
+        torch.cuda.synchronize()
+        ten_steps.start()
+    if step == 70:
+        torch.cuda.synchronize()
+        ten_steps.stop()
+        kinds = ten_steps.key_averages()
+        waits = {kind.key: kind.count / 10 for kind in kinds
+                 if "ynchronize" in kind.key or kind.key in ("cudaMemcpy", "aten::item")}
+        busy = sum(kind.self_device_time_total for kind in kinds if kind.device_type.name == "CUDA") / 1e6
+        ends = [begin.elapsed_time(end) / 1e3 for begin, end in zip(events, events[1:])]
+        print("PROFILE", json.dumps([waits, busy, ends]))
+Run.log_step = watched"""
+
+def profiled():
+    """Waits in a step, how busy the GPU is, and logged seconds beside the GPU's own clock."""
+    log, output = run("11m_profiled", "config/train_11m.py", "--dataset=large", f"--data_dir={large()}", *TEN,
+                      "--max_steps=72", patch=PROFILE)
+    waits, busy, ends = json.loads(re.search("PROFILE (.*)", output)[1])
+    seconds = {line["step"]: line["seconds"] for line in log if line["kind"] != "eval"}
+    ratios = [(seconds[step + 1] - seconds[step]) / ends[step - 1] for step in range(30, 57)]
+    ratio = statistics.median(ratios)
+    row("waits a step", sum(waits.values()) < 8, str(waits))
+    wall = seconds[70] - seconds[60]
+    row("GPU busy", True, f"{busy / wall:.0%} of ten steps of 11m, with the profiler on")
+    row("logged seconds", 0.95 < ratio < 1.05, f"{ratio:.3f} of those between events")
+
+TIMED = """
+import time, spectra
+def timed(name, function):
+    def call(*inputs, **options):
+        start = time.perf_counter()
+        result = function(*inputs, **options)
+        print(f"TIME {name} {time.perf_counter() - start:.1f} s", flush=True)
+        return result
+    return call
+spectra.measure, Run.save = timed("spectra", spectra.measure), timed("save", Run.save)"""
+
+def memory():
+    """What happens where memory is short; how long the largest checkpoint takes."""
+    words = ["--dataset=large", f"--data_dir={large()}", *TEN, "--max_steps=3"]
+    total = torch.cuda.get_device_properties(GPU).total_memory / 2**30
+    limit = "\ntorch.cuda.set_per_process_memory_fraction({})"
+    process = begin("shorter", "config/train_11m.py", *words, patch=BARE + limit.format(0.2 / total))
+    _, output = run("short", "config/train_11m.py", "--micro_batch_size=64", *words,
+                    patch=BARE + limit.format(5 / total))
+    said = re.findall("memory  ran out.*", output)
+    row("memory of 5 GiB", said, "; ".join([*said, re.search("peak .*", output)[0]]))
+    _, errors = process.communicate()
+    row("memory of 0.2 GiB", process.returncode == 1 and "Traceback" not in errors, errors.strip()[-300:])
+    _, output = run("570m_saved", "config/train_570m.py", *words, "--max_steps=1", "--warmup_steps=1",
+                    "--compile=False", patch=TIMED)
+    row("checkpoint of 570m", (FOLDER / "570m_saved/step_000001").exists(),
+        ", ".join(re.findall("TIME (.*)", output)))
+
+ONE = """
+class One(int):  # one process that speaks to the others, though there are none
+    __gt__ = lambda self, other: other == 1
+import plumbing.run
+plumbing.run.int = lambda text: One(text) if text == "1" else int(text)
+"""
+
+def nccl():
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    alone, _ = run("alone", *PLAIN)
+    one, output = run("one", *PLAIN, launch=[*launch, "1"], patch=BARE + ONE)
+    row("nccl, one process", apart(one, alone) < 1e-5, f"{apart(one, alone):.1e} from the run without")
+    if torch.cuda.device_count() > 1:
+        two, _ = run("two", *PLAIN, launch=[*launch, "2"])
+        row("nccl, two cards", apart(two, alone) < 1e-4, f"{apart(two, alone):.1e} from one")
+
+PARTS = {  # the seconds that a part may take; parts of a group run side by side, and the last two alone
+    machine: 60, attention: 150, model: 300, parameters: 150, train: 300, second: 300, resume: 300,
+    memory: 300, nccl: 150, sizes: 300, profiled: 120}
+GROUPS = [[machine], [attention, model, parameters, train, second, resume, memory, nccl], [sizes], [profiled]]
+
+def main():
+    named = {part.__name__: part for part in PARTS}
+    if "GPU_PY_FOLDER" in os.environ:  # the process of one part
+        return named[sys.argv[1]]()
+    begun = time.perf_counter()
+    os.environ["GPU_PY_FOLDER"] = str(FOLDER)
+    for group in GROUPS:
+        running = {part: subprocess.Popen([sys.executable, __file__, part.__name__], start_new_session=True)
+                   for part in group if len(sys.argv) == 1 or part.__name__ in sys.argv}
+        for part, process in running.items():
+            try:
+                code = process.wait(PARTS[part])
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                code = f"{PARTS[part]} s were not enough"
+            if code:
+                row(part.__name__, False, f"ended: {code}")
+    rows = [json.loads(line) for line in (FOLDER / "rows.jsonl").read_text().splitlines()]
+    Path("gpu.json").write_text(json.dumps(rows, indent=1))
+    failed = sum(not one["passed"] for one in rows)
+    seconds = time.perf_counter() - begun
+    print(f"{len(rows) - failed} passed, {failed} failed, {seconds:.0f} s; written gpu.json")
+    sys.exit(failed > 0)
+
+main()
