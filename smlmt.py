@@ -154,6 +154,7 @@ class Vocabulary:
         number = {form: c for c, form in enumerate(self.forms)}
         # the number of a token's word, if it holds one word and that is a form; else -1
         self.form_of = np.array([number.get(w[0], -1) if len(w) == 1 else -1 for w in words], np.int32)
+        self.heldout = np.array([is_heldout(form) for form in self.forms], bool)  # (forms,)
 
 class Sampler:
     """Draws episodes from a pool of text. Making one indexes the pool; an episode then is a few gathers.
@@ -183,7 +184,7 @@ class Sampler:
         vocabulary = Vocabulary(token_bytes, 1 + max(len(token_bytes), eot, mask, int(tokens.max(initial=0))))
         self.canonical = np.array(list(vocabulary.forms.values()), np.int64)  # (forms,) their token ids
         self._index_windows(*self._index_words(vocabulary, token_bytes))
-        self._index_groups(np.array([is_heldout(word) for word in vocabulary.forms], bool))
+        self._index_groups(vocabulary.heldout)
 
     def _index_words(self, vocabulary, token_bytes):
         """Finds the forms in the text. Returns
@@ -311,6 +312,32 @@ class Sampler:
         assert ((rows == self.mask).sum(1) == 1).all(), f"masks per window: {(rows == self.mask).sum(1)}"
         assert ((rows == self.eot) == ~inside).all(), f"end-of-text inside the windows {lo} to {hi}"
         return rows, {"before": place - lo - 1, "mask": place - lo, "last": hi - lo - 1}[self.readout]
+
+# --------------------------------------------------------------------------------------------------
+# Tasks inside the rows of a language-model batch
+
+def inline(vocabulary, rows, rng, n_episodes, *, n_way, k_shot, q_query):
+    """E tasks whose windows are the beginnings of a batch's own rows: which of N words comes next?
+
+    A causal model's features at a token have not seen the next one. So the tasks need no mask, and no forward
+    pass of their own. Asked for are words of training that occur K + Q times in rows (B, T + 1). Returns how
+    many there are; places (E, N, K + Q), which are b T + t for the features of token t in row b; and the
+    words' token ids (E, N). Places and ids are None where there are fewer than N words.
+    """
+    v, (B, width) = vocabulary, rows.shape
+    form = v.form_of[rows[:, 1:-1]]  # (B, T - 1) the word that comes next, or -1
+    asked = v.is_form[rows[:, 1:-1]] & ~v.begins[rows[:, 2:]] & ~v.heldout[form]  # and ends there
+    place = (np.arange(B)[:, None] * (width - 1) + np.arange(width - 2))[asked]  # (m,)
+    count = np.bincount(form[asked], minlength=len(v.forms))
+    first = np.cumsum(count) - count  # of each word, among the places in order of their words
+    place = place[np.argsort(form[asked], kind="stable")]
+    words = np.flatnonzero(count >= k_shot + q_query)
+    if len(words) < n_way:
+        return len(words), None, None
+    chosen = np.stack([rng.choice(words, n_way, replace=False) for _ in range(n_episodes)])  # (E, N)
+    which = distinct(rng, count[chosen.ravel()], k_shot + q_query).reshape(n_episodes, n_way, -1)
+    ids = np.array(list(v.forms.values()), np.int64)
+    return len(words), place[first[chosen][..., None] + which], ids[chosen]
 
 def show(episode, token_bytes, eot, mask):
     """An episode as text to print: examples with their labels, questions in another order, answers."""

@@ -5,9 +5,10 @@
     python train.py config/train_11m.py --resume=True  # after Ctrl-C, SIGTERM, kill -9 or a power cut
     torchrun --nproc_per_node=8 train.py config/train_570m.py       # one process a GPU
 
-At each step a coin chooses between the two objectives (Africa et al. 2025, arXiv 2508.02189). Everything that
-is drawn is a function of (seed, stream, step). So a resumed run equals the run that was never stopped, bit
-for bit on a CPU. Evaluating more often changes nothing, nor does the number of processes that share a step.
+At each step a coin chooses between the two objectives (Africa et al. 2025, arXiv 2508.02189), or both losses
+are added up (--mix). Everything that is drawn is a function of (seed, stream, step). So a resumed run equals
+the run that was never stopped, bit for bit on a CPU. Evaluating more often changes nothing, nor does the
+number of processes that share a step.
 
 Settings are in config/defaults.py. Files, signals and processes are in plumbing/run.py.
 """
@@ -84,6 +85,7 @@ def pools(tokens, pool_seed, seed):
 
 train_pools = pools(corpus.train, (config.seed, POOL), (config.seed, EPISODES))
 val_pools = pools(corpus.val, 0, 0)  # the same episodes for every run and seed
+vocabulary = smlmt.Vocabulary(corpus.token_bytes, corpus.vocab_size)
 
 def training_episode(step, number):
     with reading(f"episodes from {config.dataset}", "see --help for these settings"):
@@ -93,7 +95,7 @@ def training_episode(step, number):
         episode = dataclasses.replace(episode, support_labels=labels)
     return episode
 
-if config.meta_ratio and not config.resume:
+if config.meta_ratio and config.mix != "inline" and not config.resume:
     training_episode(1, 0)  # a text without episodes is reported before the run begins
 
 # --------------------------------------------------------------------------------------------------
@@ -104,29 +106,67 @@ if config.meta_ratio and not config.resume:
 # 5.2) the support features are constants, so the model learns from the query set alone. One AdamW makes
 # the steps of both kinds.
 
-def lm_step(step):
-    """Next-token prediction. Leaves gradients in `params`; returns this process's share of the loss."""
+def lm_step(step, inline=False):
+    """Next-token prediction. Leaves gradients in `params`; returns this process's share of the numbers."""
     starts = rng(ROWS, step).integers(len(corpus.train) - config.block_size, size=config.batch_size)
-    total = torch.zeros((), device=device)
+    total = {"lm_loss": torch.zeros((), device=device)}
     for part in run.micro_batches(config.batch_size, "lm"):
         idx, targets = get_batch(corpus.train, starts[part])
         with autocast:
-            loss = model(idx, targets) * (len(idx) / config.batch_size)
+            features = model.features(idx)
+            loss = model.loss(features, targets) * (len(idx) / config.batch_size)
+        total["lm_loss"] += loss.detach()
+        if inline:
+            meta_loss, numbers = inline_loss(step, starts, features, part.start * config.block_size)
+            loss = loss + config.meta_weight * meta_loss
+            total |= {name: values.mean() / run.world for name, values in numbers.items()}
         scaler.scale(loss).backward()
-        total += loss.detach()
-    return {"lm_loss": total}
+    return total
 
 def meta_step(step):
     """One outer step of MAML. Leaves gradients in `params`; returns this process's share of the numbers."""
-    total = {}
+    total, weight = {}, config.meta_weight if config.mix == "joint" else 1
     for part in run.micro_batches(config.episodes_per_step, "meta"):
         episodes = [training_episode(step, number) for number in range(part.start, part.stop)]
         loss, numbers = run_episodes(episodes, head, columns=multi_task)
-        scaler.scale(loss * (len(episodes) / config.episodes_per_step)).backward()
+        scaler.scale(weight * loss * (len(episodes) / config.episodes_per_step)).backward()
         numbers["far_share"] = to_device([episode.far_share for episode in episodes], np.float32)
         for name, values in numbers.items():
             total[name] = total.get(name, 0) + values.sum() / config.episodes_per_step
     return total
+
+def inline_loss(step, starts, features, first):
+    """The meta loss of tasks inside the rows of a language-model step, and numbers. Nothing is read anew.
+
+    features (B, T, C): those of this process's rows, from place `first` of the step's on.
+    """
+    rows = np.stack([corpus.train[i : i + config.block_size + 1] for i in starts])
+    found, places, words = smlmt.inline(vocabulary, rows, rng(EPISODES, step), config.episodes_per_step,
+                                        n_way=config.n_way, k_shot=config.k_shot, q_query=config.q_query)
+    numbers = {"inline_words": torch.full((1,), float(found), device=device)}
+    if places is None:  # a plain language-model step
+        return 0.0, numbers
+    features, places = features.flatten(0, 1), to_device(places) - first
+    mine = (places >= 0) & (places < len(features))
+    own = features[places.clamp(0, len(features) - 1)] * mine[..., None]  # (E, N, K + Q, C)
+    read = run.all_reduce(own.detach().clone()) + own - own.detach()  # what others read is constant here
+    support, query = (part.flatten(1, 2) for part in read.split((config.k_shot, config.q_query), dim=2))
+    label = np.arange(config.n_way)
+    support_labels, query_labels = (np.stack([label.repeat(n)] * len(words))
+                                    for n in (config.k_shot, config.q_query))
+    if config.shuffle_labels:
+        support_labels = [rng(SHUFFLE, step, i).permutation(row) for i, row in enumerate(support_labels)]
+    e = {"words": words, "support_labels": support_labels, "query_labels": query_labels}
+    e = {name: to_device(of_all) for name, of_all in e.items()}
+    start = {name: p.detach() + (p - p.detach()) / run.world for name, p in head.items()}  # a share of each
+    loss, of_episodes = head_loss(start, e, support, query, columns=multi_task)
+    return loss, numbers | of_episodes
+
+def head_loss(head, e, support, query, columns=False, steps=config.inner_steps):
+    """Mean query loss of E episodes after adaptation of the head, given features; numbers (E,)."""
+    start = maml.columns(head, e["words"]) if columns else head
+    return maml.episode_loss(start, support, e["support_labels"], query, e["query_labels"],
+                             lr=inner_step, steps=steps, first_order=not config.second_order)
 
 def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
     """Mean query loss of E episodes after adaptation, and the numbers to log of each, (E,)."""
@@ -142,9 +182,7 @@ def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
         support = features(e["support"], e["support_pos"])
     with autocast:
         query = features(e["query"], e["query_pos"])
-    start = maml.columns(head, e["words"]) if columns else head
-    return maml.episode_loss(start, support, e["support_labels"], query, e["query_labels"],
-                             lr=inner_step, steps=steps, first_order=not config.second_order)
+    return head_loss(head, e, support, query, columns, steps)
 
 # What adapts besides the head: parameters of `reader`, the model read at one position of each row.
 reader, target = maml.inner_target(model, config.target, config.target_layers)
@@ -175,13 +213,17 @@ def run_episodes_through(e, head, steps):
     losses, numbers = zip(*results, strict=True)
     return torch.stack(losses).mean(), {key: torch.stack([n[key] for n in numbers]) for key in numbers[0]}
 
+def train_step(step):
+    """The objective or both, as `mix` says. Leaves gradients in `params`; returns the numbers to log."""
+    allowed = {"vanilla": not run.collapse, "meta": bool(run.collapse)}.get(config.on_collapse, True)
+    if not (allowed and config.meta_ratio):
+        return lm_step(step)
+    if config.mix == "alternate":
+        return meta_step(step) if rng(COIN, step).random() < config.meta_ratio else lm_step(step)
+    return lm_step(step) | meta_step(step) if config.mix == "joint" else lm_step(step, inline=True)
+
 # --------------------------------------------------------------------------------------------------
 # Schedule
-
-def objective(step):
-    """"meta" with probability meta_ratio, else "lm". on_collapse may end "meta" for good, or begin it."""
-    allowed = {"vanilla": not run.collapse, "meta": bool(run.collapse)}.get(config.on_collapse, True)
-    return "meta" if allowed and rng(COIN, step).random() < config.meta_ratio else "lm"
 
 def lr_at(step):
     """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""
@@ -214,7 +256,7 @@ def val_loss(span):
 def evaluate(n_episodes):
     """Validation loss, and query accuracy of a fresh head on seen and held-out words."""
     run.read()  # so that no step is charged with the evaluation
-    loss = run.within_memory("lm", val_loss, (0, len(corpus.val)))
+    loss = run.within_memory(val_loss, (0, len(corpus.val)))
     numbers = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * corpus.val_tokens_per_byte}
     for name, (first, last) in sources.items():
         if last - first > config.block_size:
@@ -252,17 +294,17 @@ while True:
         break
 
     step += 1
-    kind, lr = objective(step), lr_at(step)
+    lr = lr_at(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    numbers = run.within_memory(kind, lm_step if kind == "lm" else meta_step, step)
+    numbers = run.within_memory(train_step, step)
     run.all_reduce_gradients(params)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
     scaler.step(optimizer)  # leaves the weights alone if a float16 gradient overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    run.log_step(step, kind, numbers, norm, lr)  # ends the run if loss or norm is not finite
+    run.log_step(step, numbers, norm, lr)  # ends the run if loss or norm is not finite
 
 if last:
     run.report(autocast)

@@ -35,7 +35,9 @@ class Config:
     weight_decay: Share = 0.1  # on matrices only
     grad_clip: Positive = 1.0  # largest norm of the gradient
     # Episodes
-    meta_ratio: Share = 0.0  # share of meta steps; 0 is the vanilla baseline, the paper has 0.5
+    mix: Literal["alternate", "joint", "inline"] = "alternate"  # lm or meta steps; both; tasks in the lm rows
+    meta_ratio: Share = 0.0  # share of meta steps in alternate (paper: 0.5); 0 is the vanilla baseline
+    meta_weight: float = 0.1  # of the meta loss in joint and inline
     n_way: Count = 16  # words to tell apart in an episode
     k_shot: Count = 4  # support windows of each word
     q_query: Count = 4  # query windows of each word
@@ -82,6 +84,9 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.target == "head" or c.inner_steps, "target does not adapt when inner_steps is 0"),
     (lambda c: c.meta_ratio or c.readout != "mask",
      "readout=mask needs a meta_ratio above 0, since only meta steps show <|mask|> to the model"),
+    (lambda c: c.meta_weight >= 0, "meta_weight must not be negative"),
+    (lambda c: c.mix != "inline" or (c.target, c.readout, c.micro_batch_size) == ("head", "before", 0),
+     "mix=inline reads a step's own rows: it needs target=head, readout=before and micro_batch_size=0"),
     (lambda c: c.meta_ratio or c.on_collapse in ("off", "stop"),
      "on_collapse switches meta steps on or off, but meta_ratio has none"),
     (lambda c: c.on_collapse == "off" or evaluations_after_warmup(c) >= 12,

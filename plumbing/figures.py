@@ -20,19 +20,19 @@ matplotlib.rcParams.update({
     "axes.titlesize": "medium", "legend.fontsize": "small", "legend.frameon": False, "grid.alpha": 0.3})
 AXES = {"step": "optimizer step", "lm_tokens": "language-model tokens",
         "flops": "training FLOPs", "seconds": "training time (s)"}
-EACH_STEP = [  # what is drawn of a run's steps: panel, kind, key, colour, label, steps in a running mean
-    ("val_loss", "lm", "lm_loss", "0.8", "training, each step", 1),
-    ("heldout_query_acc", "meta", "query_acc", "C4", "training words, after (mean of 25 steps)", 25),
-    ("heldout_query_acc", "meta", "query_acc_before", "0.6", "training words, before (mean of 25 steps)", 25)]
+EACH_STEP = [  # what is drawn of a run's steps: panel, key, colour, label, steps in a running mean
+    ("val_loss", "lm_loss", "0.8", "training, each step", 1),
+    ("heldout_query_acc", "query_acc", "C4", "training words, after (mean of 25 steps)", 25),
+    ("heldout_query_acc", "query_acc_before", "0.6", "training words, before (mean of 25 steps)", 25)]
 Arm = namedtuple("Arm", "label runs settings")  # runs: logs that differ in the seed alone, for one curve
 
 def save(figure, path):
     """Write a figure as a PNG file, large enough for long names."""
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
 
-def curve(log, key, x="step", kind="eval"):
-    """{step: (place on the axis x, number)} of the lines of a kind that have `key`."""
-    return {line["step"]: (line[x], line[key]) for line in log if line["kind"] == kind and key in line}
+def curve(log, key, x="step"):
+    """{step: (place on the axis x, number)} of the lines that have `key`."""
+    return {line["step"]: (line[x], line[key]) for line in log if key in line}
 
 def place(log, step, x):
     """Where a step stands on the axis x."""
@@ -78,8 +78,8 @@ def phase(arms, x, change_point=None):
 def draw_panel(ax, arms, keys, x, change_point):
     """The curves of all arms. Arms differ in colour, keys in dashes; the keys of a single arm in both."""
     single = len(arms) == 1
-    for panel, kind, key, color, label, n in EACH_STEP if single and len(arms[0].runs) == 1 else []:
-        if panel in keys and (points := curve(arms[0].runs[0], key, x, kind)):
+    for panel, key, color, label, n in EACH_STEP if single and len(arms[0].runs) == 1 else []:
+        if panel in keys and (points := curve(arms[0].runs[0], key, x)):
             places, numbers = zip(*points.values(), strict=True)
             mean = pd.Series(numbers).rolling(n, min_periods=1).mean()
             ax.plot(places, mean, color=color, linewidth=0.8, label=label)

@@ -215,24 +215,26 @@ class Run:
                  "meta": (c.micro_episodes, c.episodes_per_step, c.n_way * windows * c.episode_len)}
         self.micro = {kind: setting or min(most, 2 ** int(math.log2(max(1, tokens / length))))
                       for kind, (setting, most, length) in sizes.items()}
+        if c.mix == "inline":  # its tasks need all rows of a step at once
+            self.micro["lm"] = c.batch_size
 
     def micro_batches(self, n, kind):
         """This process's share of n rows ("lm") or episodes ("meta"), as slices that memory has room for."""
         first, last = self.rank * n // self.world, (self.rank + 1) * n // self.world
         return [slice(i, min(i + self.micro[kind], last)) for i in range(first, last, self.micro[kind])]
 
-    def within_memory(self, kind, objective, step):
-        """objective(step). If a GPU's memory runs out, begin again with micro-batches of half the size."""
+    def within_memory(self, function, *inputs):
+        """function(*inputs). If a GPU's memory runs out, begin again with micro-batches of half the size."""
         try:
-            return objective(step)
+            return function(*inputs)
         except torch.OutOfMemoryError:
-            if self.micro[kind] < 2:
+            if max(self.micro.values()) < 2 or self.config.mix == "inline":
                 raise
-        self.micro[kind] //= 2
-        self.print(f"memory  ran out: {self.micro[kind]} rows or episodes at a time from here on")
+        self.micro = {kind: max(1, size // 2) for kind, size in self.micro.items()}
+        self.print("memory  ran out: {lm} rows, {meta} episodes at a time now".format_map(self.micro))
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        return self.within_memory(kind, objective, step)
+        return self.within_memory(function, *inputs)
 
     # The log, checkpoints, the end
 
@@ -244,14 +246,14 @@ class Run:
         if self.tracker:
             self.tracker.log(line, step=line["step"])
 
-    def log_step(self, step, kind, numbers, norm, lr):
+    def log_step(self, step, numbers, norm, lr):
         """Sum the numbers of a step over processes, for `read`: on a GPU a step later, so as not to wait."""
         asked = torch.full((), float(self.signal is not None), device=self.device)
         values = torch.cat((self.all_reduce(torch.stack([*numbers.values(), asked])), norm[None]))
         there = (torch.cuda if self.lag else torch.cpu).Event()
         values = values.to("cpu", non_blocking=bool(self.lag))
         there.record()  # behind the copy, before the next step
-        self.unread.append((step, kind, list(numbers), values, there, lr))
+        self.unread.append((step, list(numbers), values, there, lr))
         self.read(self.lag)
 
     def read(self, all_but=0):
@@ -259,18 +261,20 @@ class Run:
         while len(self.unread) > all_but:
             self.write_step(*self.unread.pop(0))
 
-    def write_step(self, step, kind, names, values, there, lr):
+    def write_step(self, step, names, values, there, lr):
         """Read, check, log and print one step; ends the run if its loss or norm is not finite."""
         there.synchronize()
         *values, asked, norm = values.tolist()
         self.stopping, line = bool(asked), dict(zip(names, values, strict=True))
-        seconds, costs, loss = self.tick(), self.costs[kind], line[f"{kind}_loss"]
-        finite = math.isfinite(loss + norm)
+        losses = {key: line[key] for key in ("lm_loss", "meta_loss") if key in line}
+        kind = "joint" if len(losses) == 2 else next(iter(losses))[: -len("_loss")]
+        text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        seconds, costs, finite = self.tick(), self.costs[kind], math.isfinite(sum(losses.values()) + norm)
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped == (20 if self.scaler.is_enabled() else 1):
-            self.not_finite(step, f"loss {loss}, gradient norm {norm}")
+            self.not_finite(step, f"{text}, gradient norm {norm}")
         self.progress |= {key: self.progress[key] + amount for key, amount in costs.items()}
-        speed = costs["lm_tokens" if kind == "lm" else "episode_tokens"] / seconds
+        speed = (costs.get("lm_tokens", 0) + costs.get("episode_tokens", 0)) / seconds
         overflow = {} if finite else {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
         line |= {"lr": lr, **(overflow or {"grad_norm": norm})}
         self.log({"step": step, "kind": kind, **line, **self.progress, "tokens_per_second": speed})
@@ -278,10 +282,13 @@ class Run:
         self.pace = seconds if step < self.first_step + 3 else 0.95 * self.pace + 0.05 * seconds
         if step % self.config.log_interval and step != self.config.max_steps and finite:
             return
-        acc = "  query_acc {query_acc_before:.3f}->{query_acc:.3f}".format_map(line) if kind == "meta" else ""
+        if "meta_loss" in line:
+            text += "  query_acc {query_acc_before:.3f}->{query_acc:.3f}".format_map(line)
+        elif "inline_words" in line:
+            text += "  no tasks: {inline_words:.0f} words occur often enough".format_map(line)
         how = f"lr {lr:.2e}  norm {norm:.2f}" if finite else f"skipped: float16 overflow, {overflow}"
         left = int(self.pace * (self.config.max_steps - step))
-        self.print(f"step {step:6d}/{self.config.max_steps}  {kind}_loss {loss:.4f}{acc}  {how}  "
+        self.print(f"step {step:6d}/{self.config.max_steps}  {text}  {how}  "
                    f"{speed / 1e3:.1f}k tok/s  left {left // 60}m{left % 60:02d}s")
 
     def tick(self):
@@ -384,6 +391,9 @@ def costs(config, model, head):
     *_, weight, bias = head.values()  # the last layer; the multi-task control's has more than are used
     unused = (len(bias) - config.n_way) * (weight.shape[1] + 1)
     head_size = sum(p.numel() for p in head.values()) - unused
-    flops += windows * (config.k_shot * config.inner_steps + config.q_query) * 6 * head_size
+    head_flops = windows * (config.k_shot * config.inner_steps + config.q_query) * 6 * head_size
     meta = {"support_tokens": support, "query_tokens": query, "episode_tokens": support + query}
-    return {"lm": lm, "meta": meta | {"flops": flops}}
+    meta["flops"] = flops + head_flops
+    joint = {**lm, **meta, "flops": lm["flops"] + meta["flops"]}
+    inline = lm | {"flops": lm["flops"] + head_flops}  # its tasks read nothing of their own
+    return {"lm": lm, "meta": meta, "joint": inline if config.mix == "inline" else joint}

@@ -148,7 +148,7 @@ def test_numbers_that_are_read_later_are_the_same(runs):
 
 def test_memory_that_runs_out_halves_the_micro_batches(runs):
     whole, halves = (log_of(runs[name][0]) for name in ("plain", "small"))
-    assert "2 rows or episodes at a time" in runs["small"][1]
+    assert "2 rows, 1 episodes at a time" in runs["small"][1]
     for a, b in zip(whole, halves, strict=True):
         for key in ("lm_loss", "meta_loss", "grad_norm", "val_loss"):
             assert key not in a or a[key] == pytest.approx(b[key], rel=1e-5)

@@ -268,7 +268,7 @@ def test_mistake_is_one_line(results, name):
 
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(results):
     folder, done = results[0] / "not finite", results[1]["not finite"]
-    assert done.returncode == 1 and done.stderr.startswith("error: step 161: loss nan"), done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("error: step 161: lm_loss nan"), done.stderr
     assert done.stderr.count("\n") == 1 and "last checkpoint is 160" in done.stderr
     assert log_of(folder)[-1]["step"] == 160 and not (folder / "step_000161").exists()
 
