@@ -190,3 +190,18 @@ def ner_heat_map(rows, title):
     ax.set_title(title + "   (* fewer than 200 entities)")
     figure.colorbar(image, label="strict F1, %")
     return figure
+
+def forest(rows, labels, metrics, baseline):
+    """A sweep's paired differences of arms from a baseline, with intervals; a panel for each metric."""
+    rows = rows[rows["difference"].notna()]
+    metrics = [metric for metric in metrics if metric in set(rows["metric"])]
+    figure = Figure((3 + 3 * len(metrics), 1.2 + 0.35 * rows["arm"].nunique()))
+    axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
+    for ax, metric in zip(axes, metrics, strict=True):
+        of = rows[rows["metric"] == metric]
+        ax.errorbar(of["difference"], of["arm"], xerr=of["difference_interval"], fmt="o", capsize=3)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set(xlabel=f"{labels[metric]}:\ndifference from {baseline}")
+        ax.grid(axis="x")
+    axes[0].invert_yaxis()
+    return figure
