@@ -85,7 +85,7 @@ class Runs:
         words = ["train.py", *self.commands[run]] + ["--resume=True"] * (run / "config.json").exists()
         run.mkdir(parents=True, exist_ok=True)
         after = [shlex.split(command.format(run=shlex.quote(str(run)))) for command in self.evaluate]
-        with open(run / "output.txt", "a") as output:
+        with open(run / "output.txt", "a", buffering=1) as output:
             for command in [words] * (not finished(run)) + after:
                 output.write(f"$ {shlex.join(command)}\n")
                 process, line = self.begin(command, number), ""
@@ -235,8 +235,9 @@ def main():
     seeds = range(seeds[0]) if config.seeds.isdigit() else seeds
     folder, evaluate = Path(config.out, Path(files[0]).stem), study.get("evaluate", [])
     runs = Runs(config, folder, study["base"], study["arms"], seeds, evaluate)
+    commands = runs.commands.values()
     if config.list:
-        return print("\n".join(shlex.join(["python", "train.py", *words]) for words in runs.commands.values()))
+        return print(*(shlex.join(["python", "train.py", *words]) for words in commands), sep="\n")
     well = config.report or runs.run_all()
     if not runs.stopped:
         report(folder, runs.commands, config.baseline or next(iter(study["arms"])))

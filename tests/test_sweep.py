@@ -1,0 +1,100 @@
+"""sweep.py: which runs it makes, and the arithmetic of its table."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, TINY, log_of, run_many, run_script
+from scipy import stats
+
+import sweep
+
+def test_commands(tmp_path):
+    study = tmp_path / "study.py"
+    study.write_text('base = "a.py --x=1"\narms = {"one": "--y=2", "two, three": "--z=3"}\nseeds = [4, 5]')
+    listed = [run_script("sweep.py", *words, "--list=True", "--out=o").stdout.splitlines() for words in (
+        [study], ["config/train_11m.py", "--seeds=2", "--inner_lr=0.2,0.6", "--n_way=4,8"])]
+    assert listed[0] == [
+        "python train.py a.py --x=1 --y=2 --seed=4 --out_dir=o/study/one/seed4",
+        "python train.py a.py --x=1 --z=3 --seed=4 '--out_dir=o/study/two, three/seed4'",
+        "python train.py a.py --x=1 --y=2 --seed=5 --out_dir=o/study/one/seed5",
+        "python train.py a.py --x=1 --z=3 --seed=5 '--out_dir=o/study/two, three/seed5'"]
+    assert len(listed[1]) == 8 and "--inner_lr=0.6 --n_way=4 --seed=1" in listed[1][6]
+    assert "name one file" in run_script("sweep.py", "--jobs=2", expect=2).stderr
+
+def test_table_is_that_of_textbook_formulas():
+    rng = np.random.default_rng(0)
+    base = rng.normal(5, 1, 6)
+    arms = {"base": base, "better": base - 1 + rng.normal(0, 0.1, 6), "same": base + rng.normal(0, 0.5, 6),
+            "other": base + 0.4 + rng.normal(0, 0.5, 6)}
+    frame = pd.DataFrame([{"arm": arm, "seed": seed, "val_loss": loss} for arm, of_arm in arms.items()
+                          for seed, loss in enumerate(of_arm)])
+    frame = frame[(frame["arm"] != "other") | (frame["seed"] != 5)]  # one seed is missing
+    rows = sweep.table(frame, "base").set_index("arm")
+    for arm, losses in arms.items():
+        losses = losses[:5] if arm == "other" else losses
+        row = rows.loc[arm]
+        low, high = stats.t.interval(0.95, len(losses) - 1, losses.mean(), stats.sem(losses))
+        assert (row["mean"], row["interval"]) == pytest.approx((losses.mean(), (high - low) / 2))
+        if arm != "base":
+            expected = stats.ttest_rel(losses, base[: len(losses)])
+            low, high = expected.confidence_interval()
+            assert row["difference"] == pytest.approx((low + high) / 2)
+            assert row["difference_interval"] == pytest.approx((high - low) / 2)
+            assert row["p"] == pytest.approx(expected.pvalue)
+            flips = np.array(np.meshgrid(*[[-1, 1]] * len(losses))).reshape(len(losses), -1)
+            differences = losses - base[: len(losses)]
+            extreme = np.abs(flips.T @ differences) >= abs(differences.sum()) - 1e-9
+            assert row["p_sign_flip"] == pytest.approx(extreme.mean())
+    p = rows["p"].drop("base")  # of three, the least counts thrice, the next twice, and none less than before
+    first, second, third = p.sort_values().index
+    holm = {first: 3 * p[first], second: max(3 * p[first], 2 * p[second])}
+    holm[third] = max(holm[second], p[third])
+    assert rows["p_holm"].drop("base").to_dict() == pytest.approx({arm: min(1, x) for arm, x in holm.items()})
+
+def test_report(quick_start, tmp_path):
+    """Of run folders that are there: the last evaluations, and where the baseline's loss was reached."""
+    for arm, factor in (("a", 1), ("b, c", 0.9)):
+        for seed in range(2):
+            run = tmp_path / "study" / arm / f"seed{seed}"
+            run.mkdir(parents=True)
+            shutil.copy(quick_start.folder / "config.json", run)
+            lines = [line | ({"val_loss": line["val_loss"] * factor + seed} if "val_loss" in line else {})
+                     for line in log_of(quick_start.folder)]
+            (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "study.py").write_text('base = ""\narms = {"a": "", "b, c": "", "d": ""}\nseeds = [0, 1]')
+    (done,) = run_many("sweep.py", [[tmp_path / "study.py", "--report=True", f"--out={tmp_path}"]])
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_csv(tmp_path / "study/table.csv").set_index(["arm", "metric"])
+    last = log_of(quick_start.folder, "eval")[-1]
+    assert rows.loc[("b, c", "val_loss"), "difference"] == pytest.approx(-0.1 * last["val_loss"])
+    assert rows.loc[("a", "steps_to"), "mean"] == pytest.approx(last["step"])
+    assert rows.loc[("b, c", "steps_to"), "mean"] < last["step"]
+    for name in ("table.md", "table.json", "runs.csv", "step.png", "flops.png", "differences.png"):
+        assert (tmp_path / "study" / name).stat().st_size > 100
+    assert "| b, c, 2 |" in done.stdout
+
+@pytest.mark.slow
+def test_interrupted_and_gone_on(data_dir, tmp_path):
+    """Ctrl-C saves what runs; the same command goes on, keeps what is finished, and tells what failed."""
+    base = " ".join([*TINY, "--max_steps=400", f"--data_dir={data_dir}"])
+    arms = '{"a": "", "b": "--n_heads=3"}'
+    (tmp_path / "study.py").write_text(f'base = "{base}"\narms = {arms}\nseeds = [0, 1]')
+    command = [sys.executable, ROOT / "sweep.py", tmp_path / "study.py", f"--out={tmp_path}"]
+    logs = [tmp_path / f"study/a/seed{seed}/log.jsonl" for seed in range(2)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (logs[1].exists() and logs[1].read_text().count("\n") > 20):
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    process.wait(60)
+    first, steps = logs[0].read_bytes(), logs[1].read_text().count('"lm"')
+    assert steps < 400
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("failed: train.py") == 2
+    assert logs[0].read_bytes() == first and logs[1].read_text().count('"lm"') == 400
+    assert "| a, 2 |" in done.stdout
