@@ -144,18 +144,27 @@ def adapted_loss(logits, params, support, query, *, lr, steps, first_order=True)
             "meta_loss": loss.detach(),
             "support_loss_before": F.cross_entropy(support_before, support[1]),
             "query_loss_before": F.cross_entropy(before, labels),
-            "support_acc": accuracy(support_after, support[1]),
-            "query_acc": accuracy(answers, labels),
-            "query_acc_before": accuracy(before, labels),
+            "support_acc": right(support_after, support[1]).mean(),
+            "query_acc": right(answers, labels),  # (M,), all others ()
+            "query_acc_before": right(before, labels),
             # what a constant answer scores, the share of the commonest label: above chance, labels are broken
             "majority_acc": (labels[:, None] == labels).to(loss.dtype).mean(0).max(),
             "chance": loss.new_full((), 1 / answers.shape[-1]),
         }
     return loss, numbers
 
-def accuracy(logits, labels):
-    """Share of rows of logits (M, N) whose largest is the label's (M,). A head of zeros always answers 0."""
-    return (logits.argmax(-1) == labels).to(logits.dtype).mean()
+def right(logits, labels):
+    """(M,) 1 where the largest of a row of logits (M, N) is the label's (M,). A head of zeros answers 0."""
+    return (logits.argmax(-1) == labels).to(logits.dtype)
+
+def standard_error(values, clusters):
+    """Of the mean of values (n,), where those of one cluster (n,) go together, as answers to one word do.
+
+    The squares of the sums of residuals of G clusters add up (Liang and Zeger 1986), times G / (G - 1).
+    """
+    clusters = clusters.unique(return_inverse=True)[1]
+    sums = torch.zeros(clusters.max() + 1, dtype=values.dtype).index_add(0, clusters, values - values.mean())
+    return (sums.square().sum() * len(sums) / (len(sums) - 1)).sqrt() / len(values)
 
 def episode_loss(head, support, support_labels, query, query_labels, *, lr, steps, first_order=True):
     """The mean over E episodes of the query loss after the head has adapted to the support; numbers to log.
@@ -163,7 +172,7 @@ def episode_loss(head, support, support_labels, query, query_labels, *, lr, step
     head: initial weights, one dict for all episodes or one with a leading E on every tensor (see `columns`).
     support, query: features as the backbone gives them, (E, N*K, d) and (E, N*Q, d), of any float dtype.
     The loss, in nats, is differentiable in head and query, at second order in support too. The numbers are
-    detached, (E,) each.
+    detached, (E,) each or (E, N*Q).
     """
     def episode(head, support, query):  # each of the two a batch of (features (M, d), labels (M,))
         return adapted_loss(head_logits, head, support, query, lr=lr, steps=steps, first_order=first_order)

@@ -132,7 +132,7 @@ def meta_step(step):
         scaler.scale(weight * loss * (len(episodes) / config.episodes_per_step)).backward()
         numbers["far_share"] = to_device([episode.far_share for episode in episodes], np.float32)
         for name, values in numbers.items():
-            total[name] = total.get(name, 0) + values.sum() / config.episodes_per_step
+            total[name] = total.get(name, 0) + values.mean() * (len(episodes) / config.episodes_per_step)
     return total
 
 def inline_loss(step, starts, features, first):
@@ -264,14 +264,17 @@ def evaluate(n_episodes):
     fresh = maml.fresh_head(head, config.n_way)
     wanted = {} if no_val_episodes else {"val_query_acc": False, "heldout_query_acc": True}
     for key, heldout in wanted.items():
-        acc = torch.zeros(2, n_episodes, device=device)  # before and after adaptation
+        shape = n_episodes, config.n_way * config.q_query
+        before, after = torch.zeros(2, *shape, device=device)
+        words = torch.zeros(shape, dtype=torch.int64, device=device)
         for i in range(run.rank, n_episodes, run.world):
             episode = val_pools.sampler(0).episode(i, heldout)
             _, of_episode = run_episodes([episode], fresh, steps=config.inner_steps or 10)
-            acc[:, i] = torch.cat((of_episode["query_acc_before"], of_episode["query_acc"]))
-        before, after = run.all_reduce(acc)
+            before[i], after[i] = of_episode["query_acc_before"], of_episode["query_acc"]
+            words[i] = to_device(episode.words.repeat(config.q_query))
+        before, after, words = (run.all_reduce(of_all).flatten().cpu() for of_all in (before, after, words))
         numbers |= {key: after.mean().item(), f"{key}_before": before.mean().item(),
-                    f"{key}_se": after.std().item() / math.sqrt(n_episodes)}
+                    f"{key}_se": maml.standard_error(after, words).item()}  # there are few held-out words
     idx, _ = spectra.probe(corpus.val, config.block_size)
     return numbers | spectra.summary(spectra.measure(model, to_device(idx), complain=run.print))
 

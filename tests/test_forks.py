@@ -51,7 +51,7 @@ def test_prototypes(tmp_path):
 support, query = torch.load(sys.argv[1])
 labels = torch.arange(3).repeat_interleave(4)[None]
 loss, numbers = maml.episode_loss(maml.init_head(5, 3), support, labels, query, labels, lr=3.0, steps=1)
-print(loss.item(), numbers["query_acc"].item())
+print(loss.item(), numbers["query_acc"].mean().item())
 """)
     support, query = torch.randn(2, 1, 12, 5, generator=torch.Generator().manual_seed(0))
     torch.save((support, query), fork / "features.pt")
