@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure  # without pyplot: no screen is needed, and no state is kept
 from matplotlib.lines import Line2D
+from scipy import stats
 
 from plumbing.files import write_atomic
 
@@ -70,7 +71,7 @@ def phase(arms, x, change_point=None):
     axes[-1].set_xlabel(AXES[x])
     axes[0].text(place(logs[0], settings["warmup_steps"], x), 0.02, " warm-up ends", color="0.45", size=8,
                  transform=axes[0].get_xaxis_transform())
-    names = [arm.label + f" ({len(arm.runs)} seeds: mean and range)" * (len(arm.runs) > 1) for arm in arms]
+    names = [arm.label + f" ({len(arm.runs)} seeds, 95%)" * (len(arm.runs) > 1) for arm in arms]
     handles = [Line2D([], [], color=f"C{i}", visible=len(arms) > 1) for i in range(len(arms))]  # one: a title
     figure.legend(handles, names, loc="outside upper center", fontsize="medium")
     return figure
@@ -99,16 +100,18 @@ def draw_panel(ax, arms, keys, x, change_point):
         handle.set_color(handle.get_color() if single else "0.2")
 
 def draw_arm(ax, arm, key, x, change_point, color, **style):
-    """The mean and range of an arm's runs at the steps that all have; of one run its standard error."""
+    """The mean of an arm's runs at the steps they share, and its 95% interval; of one its standard error."""
     runs = [curve(log, key, x) for log in arm.runs]
     steps = sorted(set.intersection(*map(set, runs)))
     points = np.array([[run[step] for step in steps] for run in runs]).reshape(len(runs), len(steps), 2)
     places, mean = points.mean(0).T
-    errors = curve(arm.runs[0], f"{key}_se") if len(runs) == 1 else {}
-    error = np.array([errors.get(step, (0, 0))[1] for step in steps])
+    if len(runs) > 1:  # Student's t over seeds
+        error = stats.t.ppf(0.975, len(runs) - 1) * stats.sem(points[..., 1], axis=0)
+    else:
+        errors = curve(arm.runs[0], f"{key}_se")
+        error = np.array([errors.get(step, (0, 0))[1] for step in steps])
     ax.plot(places, mean, color=color, marker="o", markersize=2.5 if len(steps) < 40 else 0, **style)
-    ax.fill_between(places, points[..., 1].min(0) - error, points[..., 1].max(0) + error, color=color,
-                    alpha=0.18, linewidth=0)
+    ax.fill_between(places, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
     for log, run in zip(arm.runs, runs, strict=True) if change_point and key.startswith("per/") else []:
         if drop := change_point(log, key, arm.settings["warmup_steps"]):
             ax.annotate(f"drop of {drop['size']:.0%}", run[drop["at"]], (9, 9), textcoords="offset points",

@@ -212,7 +212,8 @@ def test_figures_show_the_numbers_of_the_logs():
     texts = [text.get_text() for text in axes[0].texts]  # no drop in the vanilla run
     assert texts == ["drop of 30%"] * 3 + [" warm-up ends"] and len(axes) == 5
     bands = [axes[panel].collections[i].get_paths()[0].vertices[:, 1] for panel, i in ((3, 0), (4, 2))]
-    expected = (evals[-1]["val_loss"] - 0.01, 8.02, 0.19, 0.29)  # of three seeds, and a standard error
+    half = 4.30265 * 0.01 / 3**0.5  # of three seeds, by a table of Student's t
+    expected = (evals[-1]["val_loss"] - half, 8.01 + half, 0.19, 0.29)  # and a standard error
     assert [end for band in bands for end in (band.min(), band.max())] == pytest.approx(expected)
     maps = figures.heat_maps(arms, "step").axes
     np.testing.assert_allclose(maps[0].collections[0].get_array(), np.tile([[0.5], [0.6], [0.7]], 21))
@@ -257,4 +258,4 @@ def test_command_line(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["spectra.py", *map(str, (run, half, seed1))])
     spectra.main()
     arms = [text.get_text() for text in drawn[0].legends[0].texts]
-    assert arms == [f"{run} (2 seeds: mean and range)", str(half)]
+    assert arms == [f"{run} (2 seeds, 95%)", str(half)]
