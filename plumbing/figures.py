@@ -205,6 +205,7 @@ def forest(rows, labels, metrics, baseline):
         ax.errorbar(of["difference"], of["arm"], xerr=of["difference_interval"], fmt="o", capsize=3)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set(xlabel=f"{labels[metric]}:\ndifference from {baseline}")
+        ax.margins(y=0.25)
         ax.grid(axis="x")
     axes[0].invert_yaxis()
     return figure

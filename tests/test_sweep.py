@@ -90,7 +90,7 @@ def test_interrupted_and_gone_on(data_dir, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (logs[1].exists() and logs[1].read_text().count("\n") > 20):
         assert process.poll() is None
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)  # Ctrl-C may be ignored where the tests run
     process.wait(60)
     first, steps = logs[0].read_bytes(), logs[1].read_text().count('"lm"')
     assert steps < 400
