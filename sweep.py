@@ -82,6 +82,8 @@ class Runs:
 
     def run(self, number, run, bar):
         """Train and evaluate one run; what it says goes to output.txt beside its log."""
+        if self.stopped:
+            return False
         words = ["train.py", *self.commands[run]] + ["--resume=True"] * (run / "config.json").exists()
         run.mkdir(parents=True, exist_ok=True)
         after = [shlex.split(command.format(run=shlex.quote(str(run)))) for command in self.evaluate]
