@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from plumbing import figures
 from plumbing.checkpoint import checkpoints, load_model, load_models
-from plumbing.corpus import datasets_library, read_columns, read_files, text_files
+from plumbing.corpus import datasets_library, hub_rows, read_columns, read_files, text_files
 from plumbing.machine import choose_device
 
 @dataclass
@@ -106,7 +106,7 @@ def read_domains(config):
                 splits = datasets.get_dataset_split_names(name, part)
                 usable = [split for split in ("validation", "val", "test") if split in splits]
                 split = config.split or [*usable, "validation"][0]
-                rows[part] = read_columns(name, [config.column], name, part, split=split)
+                rows[part] = read_columns([config.column], hub_rows, name, part, split)
     else:
         rows = {name: read_files(paths, [config.column]) for name, paths in text_files(config.data).items()}
     texts = {domain: [text or "" for (text,) in of_domain] for domain, of_domain in rows.items()}

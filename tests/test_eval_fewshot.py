@@ -38,10 +38,10 @@ CASES = {  # {runs} has copies of the runs
 MISTAKES = {  # of {runs}/maml, and what the one line says
     "shots": ("--shots=1,0", "shots = 1,0"),
     "no corpus": ("--corpus=none", "there is no corpus none; name one with --corpus="),
-    "secret labels": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS}", "different classes"),
-    "numbers": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS} --text_column=b", "not every row has a text"),
+    "secret labels": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS}", "the class -1 is in the test rows"),
+    "numbers": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS} --text_column=b", "row 1 of training has no"),
     "few examples": ("--data={here}/data --shots=99", "larger sample than population"),
-    "no test": ("--data={here}/hub", "it lacks '<task>_train'; a task is two files"),
+    "no test": ("--data={here}/hub/test.jsonl", "it lacks '<task>_train'; a task is two files"),
 }
 
 def sentences(*modules):
