@@ -48,6 +48,7 @@ class Config:
     shots: str = "1,4,16"  # K, the examples of each class
     n_episodes: Count = 64  # draws of each K; training ends with 64
     corpus: str = ""  # folder of a prepared corpus in the models' tokens; empty takes the first run's own
+    out: str = ""  # folder of the results; empty takes the first run's
     step: int = -1  # of the checkpoints; -1 takes the newest
     seed: Whole = 0  # of the draws and of the random weights; training's own evaluations use 0
 
@@ -171,12 +172,11 @@ def sentence_task(config, name, train, test):
     """A task of two lists of (text, label)."""
     train_names, test_names = (np.array([str(label) for _, label in rows]) for rows in (train, test))
     classes, train_labels, counts = np.unique(train_names, return_inverse=True, return_counts=True)
-    if unknown := set(test_names) - set(classes):
-        raise ValueError(f"the class {min(unknown)} is in the test rows, but not in the training rows")
-    for split, number, (text, _) in [(split, *row) for split, rows in (("training", train), ("test", test))
-                                     for row in enumerate(rows, 1)]:
-        if not isinstance(text, str):
-            raise ValueError(f"row {number} of {split} has no text, but {text}")
+    for split, rows in ("training", train), ("test", test):
+        for number, (text, label) in enumerate(rows, 1):
+            if not isinstance(text, str) or str(label) not in classes:
+                problem = f"{text!r:.40} is no text, or {label} no training class"
+                raise ValueError(f"{split} row {number}: {problem}")
     of_class, draws = [np.flatnonzero(train_labels == c) for c in range(len(classes))], {}
     for k in config.shots:
         draws[k] = []
@@ -249,9 +249,10 @@ def main():
         results["tasks"][task.name] = {"about": task.about, "n_way": task.n_way, "shots": shots}
         table = pd.DataFrame(shots).map("{0[mean]:.4f} ± {0[ci95]:.4f}".format)
         print(f"\n{task.name}: {task.about}\n{table.rename(columns='K = {}'.format).to_string()}")
-    write_atomic(f"{words[0]}/fewshot.json", json.dumps(results, indent=2))
-    figures.save(figures.few_shot(results, list(systems)), f"{words[0]}/fewshot.png")
-    print(f"\nwritten {words[0]}/fewshot.json and .png")
+    out = config.out or words[0]
+    write_atomic(f"{out}/fewshot.json", json.dumps(results, indent=2))
+    figures.save(figures.few_shot(results, list(systems)), f"{out}/fewshot.png")
+    print(f"\nwritten {out}/fewshot.json and .png")
 
 if __name__ == "__main__":
     main()
