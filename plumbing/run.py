@@ -67,8 +67,9 @@ class Run:
             fail(f"resume = True, but {folder} holds no run; check --out_dir, or leave --resume out")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        begun = (folder / "config.json").exists() and {line["step"] for line in read_log(folder)} != {0}
-        if not resume and (begun or checkpoints(folder)):  # step 0 alone is no loss
+        begun = any(line["step"] for line in read_log(folder)) or not (folder / "log.jsonl").exists()
+        begun = begun and (folder / "config.json").exists()  # a run without a step may be begun again
+        if not resume and (begun or checkpoints(folder)):
             fail(f"{folder} already holds a run: continue it with --resume=True, or take another --out_dir")
         for path in folder.glob("*.tmp"):  # of a process that was killed while it saved
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -146,7 +146,7 @@ def test_rows_of_odd_files(name, tmp_path):
     (tmp_path / name).write_bytes(ROWS[name][0])
     assert [text for (text,) in stream(["text"], file_rows, tmp_path / name)] == ROWS[name][1]
 
-def test_folders_with_links_and_hidden_files(jsonl, texts, tmp_path, capfd):
+def test_folders_with_links_and_hidden_files(jsonl, texts, tmp_path, monkeypatch, capfd):
     """Hidden files are no text, a linked folder is, and no file counts twice; so too in evaluations."""
     here, far = tmp_path / "lang=en,da", tmp_path / "far"
     far.mkdir(), (here / ".ipynb_checkpoints").mkdir(parents=True)
@@ -156,7 +156,8 @@ def test_folders_with_links_and_hidden_files(jsonl, texts, tmp_path, capfd):
     (far / "again").symlink_to(here)  # round in a circle
     (here / "._A.JSONL").write_bytes(b"\0\5\26\7")
     shutil.copy(here / "A.JSONL", here / ".ipynb_checkpoints")
-    corpus = build(tmp_path / "corpus", f"--source={here}", jsonl.words[1])
+    monkeypatch.chdir(tmp_path)
+    corpus = build(tmp_path / "corpus", f"--source={here.name}", jsonl.words[1])
     assert corpus.bytes == jsonl.bytes and corpus.meta["sources"][0]["name"] == here.name
     assert "left out, hidden or no text" in capfd.readouterr().err
     assert text_files(str(here)) == {"A": [f"{here}/A.JSONL"], "far/b": [f"{here}/far/b.jsonl"]}

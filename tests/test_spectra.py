@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import log_of, run_many
+from matplotlib.colors import to_hex
 
 import spectra
 from model import Llama, ModelConfig, rotary_table, rotate
@@ -235,7 +236,7 @@ def test_twenty_arms_and_sources_are_told_apart_and_named_as_they_are(tmp_path):
     settings = {"n_layers": 3, "n_way": 16, "k_shot": 4, "warmup_steps": 20}
     figure = figures.phase([figures.Arm(name, [log], settings) for name in names], "step")
     assert [text.get_text() for text in figure.legends[0].texts] == names
-    assert len({line.get_color() for line in figure.legends[0].get_lines()}) == 20
+    assert len({to_hex(line.get_color()) for line in figure.legends[0].get_lines()}) == 20
     for few in ("a", "ab"):
         axes = figures.phase([figures.Arm(name, [log], settings) for name in few], "step").axes
         legend = next(ax.get_legend() for ax in axes if "loss" in ax.get_ylabel())
