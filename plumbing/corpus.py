@@ -104,9 +104,10 @@ def text_files(path):
     return named
 
 def file_rows(path, columns):
-    """Yield the rows of a file, dicts of its columns, among them those that are wanted."""
+    """Yield the rows of a file, dicts of its columns, the wanted ones among them. A bare text is one."""
     with reading(path, "mend it or leave it out"):
-        yield from READERS[suffix_of(path)](path, columns)
+        for row in READERS[suffix_of(path)](path, columns):
+            yield row if isinstance(row, dict) else {"text": row}
 
 @contextlib.contextmanager
 def datasets_library(name):

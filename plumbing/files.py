@@ -61,7 +61,7 @@ with contextlib.suppress(AttributeError, OSError):  # of a notebook's own stream
 def flush_output():
     """Print what is left, or drop it if the reader went away (`| head`); Python would complain of that."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)  # where stdout is closed there is none
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

@@ -136,6 +136,7 @@ ROWS = {  # name of a file: what is in it, and the texts that are read
     "mark.csv": (MARK + b'text,label\n"a, one",1\nNA,2\n', ["a, one", "NA"]),
     "MARK.JSON": (MARK + b'[{"text": "a"},\n {"text": "b"}]', ["a", "b"]),
     "mark.jsonl": (MARK + b'{"text": "a"}\n\n{"id": 1}\n{"text": null}', ["a", None, None, None]),
+    "texts.json": (b'["a", "b"]', ["a", "b"]),
     "emoji.jsonl": (br'''{"text": "half \ud83d"}
         {"text": "whole \ud83d\ude00"}''', ["half \ufffd", "whole 😀"]),
     "late.jsonl": (b'''{"text": "a", "id": 1, "meta": {"year": 1, "pad": "%s"}}
