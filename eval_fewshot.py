@@ -4,6 +4,8 @@
     python eval_fewshot.py out/11m out/11m-vanilla --data=DIR   # also DIR/<task>_train.jsonl and _test.jsonl
     python eval_fewshot.py out/11m --data=hf:SetFit/subj        # also a Hugging Face dataset
 
+A row of these files (json, jsonl, csv, tsv, also .gz, or parquet) has a sentence and its class.
+
 Three classifiers see K examples of each class (the support) and answer for others (the query):
 adapt      training's inner loop, `maml.adapt`, from a fresh head, the only part that adapts
 logistic   scikit-learn's LogisticRegression with C = 1, on features of length sqrt(d)
@@ -34,18 +36,19 @@ from config.defaults import Config as TrainConfig
 from model import Llama
 from plumbing import figures
 from plumbing.checkpoint import corpus_problem, load_models
-from plumbing.corpus import datasets_library, load_corpus, read_columns, read_files, text_files
+from plumbing.corpus import datasets_library, hub_rows, load_corpus, read_columns, read_files, text_files
 from plumbing.machine import choose_device
 
 @dataclass
 class Config:
-    data: str = ""  # sentences: a folder of <task>_train and <task>_test files, or hf:NAME or hf:NAME,CONFIG
+    data: str = ""  # sentences: a folder, as above, or hf:NAME or hf:NAME,CONFIG
     text_column: str = "text"  # column of the sentences
     label_column: str = "label"  # column of their classes
     split: str = ""  # of a Hugging Face dataset, to grade on; empty takes test or else validation
     shots: str = "1,4,16"  # K, the examples of each class
     n_episodes: Count = 64  # draws of each K; training ends with 64
     corpus: str = ""  # folder of a prepared corpus in the models' tokens; empty takes the first run's own
+    out: str = ""  # folder of the results; empty takes the first run's
     step: int = -1  # of the checkpoints; -1 takes the newest
     seed: Whole = 0  # of the draws and of the random weights; training's own evaluations use 0
 
@@ -150,11 +153,11 @@ def sentence_tasks(config):
     """Which class is a sentence of? The tasks in config.data."""
     columns, tasks = [config.text_column, config.label_column], []
     if config.data.startswith("hf:"):
-        name, *part = config.data[3:].split(",")
+        name, part, *_ = f"{config.data[3:]},".split(",")
         with datasets_library(name) as datasets:
-            splits = datasets.get_dataset_split_names(name, *part)
+            splits = datasets.get_dataset_split_names(name, part or None)
         split = config.split or ("test" if "test" in splits else "validation")
-        rows = {name: [read_columns(name, columns, name, *part, split=s) for s in ("train", split)]}
+        rows = {name: [read_columns(columns, hub_rows, name, part or None, s) for s in ("train", split)]}
     else:
         files, rows = text_files(config.data), {}
         for name in sorted(name[:-6] for name in files if name.endswith("_train")) or ["<task>"]:
@@ -169,8 +172,11 @@ def sentence_task(config, name, train, test):
     """A task of two lists of (text, label)."""
     train_names, test_names = (np.array([str(label) for _, label in rows]) for rows in (train, test))
     classes, train_labels, counts = np.unique(train_names, return_inverse=True, return_counts=True)
-    if set(classes) != set(test_names) or not all(isinstance(text, str) for text, _ in train + test):
-        raise ValueError("training and test have different classes, or not every row has a text")
+    for split, rows in ("training", train), ("test", test):
+        for number, (text, label) in enumerate(rows, 1):
+            if not isinstance(text, str) or str(label) not in classes:
+                problem = f"{text!r:.40} is no text, or {label} no training class"
+                raise ValueError(f"{split} row {number}: {problem}")
     of_class, draws = [np.flatnonzero(train_labels == c) for c in range(len(classes))], {}
     for k in config.shots:
         draws[k] = []
@@ -243,9 +249,10 @@ def main():
         results["tasks"][task.name] = {"about": task.about, "n_way": task.n_way, "shots": shots}
         table = pd.DataFrame(shots).map("{0[mean]:.4f} ± {0[ci95]:.4f}".format)
         print(f"\n{task.name}: {task.about}\n{table.rename(columns='K = {}'.format).to_string()}")
-    write_atomic(f"{words[0]}/fewshot.json", json.dumps(results, indent=2))
-    figures.save(figures.few_shot(results, list(systems)), f"{words[0]}/fewshot.png")
-    print(f"\nwritten {words[0]}/fewshot.json and .png")
+    out = config.out or words[0]
+    write_atomic(f"{out}/fewshot.json", json.dumps(results, indent=2))
+    figures.save(figures.few_shot(results, list(systems)), f"{out}/fewshot.png")
+    print(f"\nwritten {out}/fewshot.json and .png")
 
 if __name__ == "__main__":
     main()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from plumbing import figures
 from plumbing.checkpoint import checkpoints, load_model, load_models
-from plumbing.corpus import datasets_library, read_columns, read_files, text_files
+from plumbing.corpus import datasets_library, hub_rows, read_columns, read_files, text_files
 from plumbing.machine import choose_device
 
 @dataclass
@@ -38,6 +38,7 @@ class Config:
     context: Whole = 0  # most tokens that a prediction sees; 0 takes the first model's block_size
     stride: Whole = 0  # tokens from one window to the next; 0 takes half the context
     step: str = "newest"  # checkpoint: newest, a number, or all
+    out: str = ""  # folder of the results of all; empty puts each model's into its own, for spectra.py too
 
 RULES = [(lambda c: c.data, "data must name a folder, a file, or a Hugging Face dataset as hf:NAME"),
          (lambda c: c.step in ("newest", "all") or c.step.isdecimal(), "step takes newest, all, or a number")]
@@ -106,7 +107,7 @@ def read_domains(config):
                 splits = datasets.get_dataset_split_names(name, part)
                 usable = [split for split in ("validation", "val", "test") if split in splits]
                 split = config.split or [*usable, "validation"][0]
-                rows[part] = read_columns(name, [config.column], name, part, split=split)
+                rows[part] = read_columns([config.column], hub_rows, name, part, split)
     else:
         rows = {name: read_files(paths, [config.column]) for name, paths in text_files(config.data).items()}
     texts = {domain: [text or "" for (text,) in of_domain] for domain, of_domain in rows.items()}
@@ -164,9 +165,11 @@ def main():
     print(f"{config.data}: at most {context} tokens of context, windows {stride} apart; [95% over documents]")
     for path in models:
         print_table(path, results[path])
-        write_atomic(f"{path}/eval_lm.json", json.dumps(results[path], indent=2))
-    figures.save(figures.lm_bars(results), f"{words[0]}/eval_lm.png")
-    print(f"\nwritten eval_lm.json in each folder, and {words[0]}/eval_lm.png")
+    out = config.out or words[0]
+    for folder, content in ({out: results} if config.out else results).items():
+        write_atomic(f"{folder}/eval_lm.json", json.dumps(content, indent=2))
+    figures.save(figures.lm_bars(results), f"{out}/eval_lm.png")
+    print(f"\nwritten eval_lm.json in {out if config.out else 'each folder'}, and {out}/eval_lm.png")
 
 if __name__ == "__main__":
     main()

@@ -66,6 +66,7 @@ class Config:
     epochs: Count = 5  # at most, in full tuning
     head_epochs: Count = 20  # at most, head-only
     patience: Whole = 5  # stop this many epochs after the best F1 on dev, and keep the best; 0 keeps the last
+    out: str = ""  # folder of the results; empty takes each model's own
     seeds: Whole = 0  # how often to tune: 0 takes 1, or 5 with shots
     step: int = -1  # of the checkpoints; -1 takes the newest
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -74,7 +75,7 @@ def read_iob2(path):
     """The sentences of a file that has a line for each word and a blank line after each sentence."""
     sentences = []
     with reading(path, "the line of a word holds index, word, tag, - and annotator, with tabs between"):
-        for block in re.split(r"\n *\n", Path(path).read_text("utf8")):
+        for block in re.split(r"\n *\n", Path(path).read_text("utf-8-sig")):
             rows = [line.split("\t") for line in block.split("\n") if line.strip(" ") and line[0] != "#"]
             if rows:
                 index, words, tags, _, _ = map(list, zip(*rows, strict=True))
@@ -88,7 +89,8 @@ def read_sets(config, wanted, known, splits):
     """{set: the sentences of each split} of the sets wanted, fetched if need be; "all" is those at hand."""
     folder, sets = Path(config.uner_dir or ROOT / "data/uner"), {}
     folder.mkdir(parents=True, exist_ok=True)
-    for name in known if wanted == "all" else wanted.split(","):
+    known = {*known, *(path.name.split("-ud-")[0] for path in folder.glob(f"*-ud-{splits[0]}.iob2"))}
+    for name in sorted(known) if wanted == "all" else wanted.split(","):
         paths = [folder / f"{name}-ud-{split}.iob2" for split in splits]
         for path in [path for path in paths if not (path.exists() or config.uner_dir)]:
             url = f"https://raw.githubusercontent.com/UniversalNER/UNER_{SETS.get(name)}/HEAD/{path.name}"
@@ -97,7 +99,7 @@ def read_sets(config, wanted, known, splits):
         if all(path.exists() for path in paths):
             sets[name] = list(map(read_iob2, paths))
         elif wanted != "all":
-            fail(f"{folder} has no {' and '.join(splits)} file of {name}; sets are {', '.join(known)}")
+            fail(f"{folder} has no {' and '.join(splits)} file of {name}; sets: {', '.join(sorted(known))}")
     return sets or fail(f"{folder} has no set's {' and '.join(splits)} file")
 
 def load_sets(config):
@@ -237,7 +239,7 @@ def p_value(difference):
 def evaluate(config, folder, label, loaded, data):
     """A model's results {mode: [{..., "sets": {set: score}} of each seed]}: in folder/ner, or made."""
     (train, dev, tests), tokenizer, model, results = data, loaded.tokenizer, loaded.model, {}
-    folder, read_frozen = Path(folder) / "ner", frozen(model)
+    folder, read_frozen = Path(config.out or folder) / "ner", frozen(model)
     folder.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be written ends it
     dev_rows = rows_of(tokenizer, dev, config)
     test_rows = {name: rows_of(tokenizer, sentences, config) for name, sentences in tests.items()}
@@ -291,7 +293,8 @@ def main(argv=None):
     systems = {"random weights": evaluate(config, words[0], "random", untrained, data)}
     systems |= {word: evaluate(config, word, f"step{loaded.step}", loaded, data)
                 for word, loaded in models.items()}
-    rows, path = table(systems, data[2]), f"{words[0]}/ner_{config.train.replace(',', '+')}"
+    name = f"ner_{config.train.replace(',', '+')}_{config.mode}"
+    rows, path = table(systems, data[2]), f"{config.out or words[0]}/{name}"
     write_atomic(f"{path}.json", json.dumps({"settings": asdict(config), "table": rows}, indent=1))
     figures.save(figures.ner_heat_map(rows, f"Universal NER, tuned on {config.train}"), f"{path}.png")
     columns = "mode,set,entities,system,f1,deviation,interval,p,strict precision,strict recall,conlleval f1"

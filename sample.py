@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from plumbing import settings  # before torch: Ctrl-C is quiet soon
 from plumbing.files import fail
-from plumbing.settings import Count, Whole
+from plumbing.settings import Count, Prompt, Whole
 
 import torch
 
@@ -16,7 +16,7 @@ from plumbing.checkpoint import load_model
 
 @dataclass
 class Config:
-    prompt: str = ""  # text to continue; empty begins a new document
+    prompt: Prompt = ""  # text to continue; empty begins a new document
     n_samples: Count = 3  # continuations
     n_tokens: Count = 160  # tokens in each; it ends earlier where the model ends the document
     temperature: float = 0.8  # below 1 prefers likely tokens, 0 always takes the likeliest

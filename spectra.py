@@ -1,6 +1,6 @@
 """The inner life of a run: effective ranks and attention entropies, and a signal when a rank collapses.
 
-    python spectra.py out/maml out/vanilla --x=lm_tokens     # tables, figures, and which run was sooner
+    python spectra.py out/maml out/vanilla --x=lm_tokens     # tables, figures, and which arm was sooner
     python spectra.py FOLDER --corpus=data/llama             # the numbers of anybody's Llama
 
 The effective rank of a matrix (Roy and Vetterli 2007) is exp(H(p)), where p are its singular values divided
@@ -191,15 +191,17 @@ def change_point(log, key, after):
 # ----------------------------------------------------------------------------------------------------
 # The command line
 
+BUDGETS = "step lm_tokens flops seconds".split()  # in which one arm may be sooner
+
 @dataclass
 class Config:
     x: Literal["step", "lm_tokens", "flops", "seconds"] = "step"  # axis of the figures
-    out: str = ""  # folder of the figures; empty takes the first run's
+    out: str = ""  # folder of the figures and the table; empty takes the first run's
     from_checkpoints: bool = False  # measure the checkpoints, even if the log has the numbers
     corpus: str = ""  # folder of a prepared corpus in the model's tokens; empty takes the run's own
 
 INCIDENTAL = """out_dir data_dir seed device dtype compile resume micro_batch_size micro_episodes log_interval
-wandb wandb_project git argv system versions""".split()  # runs that differ in these only are one arm
+eval_interval ckpt_interval wandb wandb_project wandb_id git argv system versions""".split()  # make no arm
 
 def full_log(path, config):
     """A run's log, with spectra of its checkpoints if it has none. A model without a log has one line."""
@@ -230,23 +232,29 @@ def full_log(path, config):
             line["bits_per_byte/all"] = domains["all"]["bits_per_byte"]
     return [line for line in log if line["kind"] != "eval"] + [evals[step] for step in sorted(evals)]
 
-def table(log):
-    """The evaluations of a log as CSV, a column for each number that any of them has."""
+def table(logs):
+    """The evaluations of {model: log} as CSV, a column for each number that any of them has."""
     from pandas import DataFrame
-    evals = [line for line in log if line["kind"] == "eval"]
+    evals = [{"model": model} | line for model, log in logs.items() for line in log if line["kind"] == "eval"]
     return DataFrame(evals, dtype=object).drop(columns="kind").to_csv(index=False)
+
+def mean_evals(logs):
+    """The evaluations that all logs have, with the means of what `sooner` compares."""
+    evals = [{line["step"]: line for line in log if "val_loss" in line} for log in logs]
+    return [{key: np.mean([of_log[step][key] for of_log in evals]) for key in ("val_loss", *BUDGETS)}
+            for step in sorted(set.intersection(*map(set, evals)))]
 
 def reached(evals, loss):
     """Where the validation loss first came down to `loss`, on straight lines between evaluations."""
     first = next(i for i, line in enumerate(evals) if line["val_loss"] <= loss)
     below, above = evals[first], evals[max(0, first - 1)]
     losses = below["val_loss"], above["val_loss"]
-    return {x: np.interp(loss, losses, (below[x], above[x])) for x in "step lm_tokens flops seconds".split()}
+    return {x: np.interp(loss, losses, (below[x], above[x])) for x in BUDGETS}
 
-def sooner(logs):
-    """In words: when the better of two runs, {folder: log}, reached the final loss of the other."""
-    evals = {run: [line for line in log if "val_loss" in line] for run, log in logs.items()}
-    first, second = sorted(evals, key=lambda run: evals[run][-1]["val_loss"])
+def sooner(*arms):
+    """In words: when the better of two arms, over its seeds, reached the final loss of the other."""
+    evals = {arm.label: mean_evals(arm.runs) for arm in arms}
+    first, second = sorted(evals, key=lambda label: evals[label][-1]["val_loss"])
     end = evals[second][-1]
     start = reached(evals[first], end["val_loss"])
     times = ", ".join(f"{end[x] / start[x]:.2f} in {x}" for x in start if start[x])
@@ -265,23 +273,26 @@ def main():
         if len({str(made.get(key)) for made in trained.values()}) > 1:
             files.fail(f"the runs differ in {key}: compare one model on one corpus")
     logs, arms, out = {word: full_log(word, config) for word in words}, {}, config.out or words[0]
-    os.makedirs(out, exist_ok=True)
+    if runs or config.out:
+        files.write_atomic(f"{out}/spectra.csv", table(logs))
     if not runs:
-        text = table([{"model": word, **log[0]} for word, log in logs.items()])
-        print(text, end="")
-        return files.write_atomic(f"{out}/spectra.csv", text) if config.out else None
+        return print(table(logs), end="")
     for run, log in logs.items():
-        files.write_atomic(f"{run}/spectra.csv", table(log))
-        print(f"written {run}/spectra.csv")
         if drop := change_point(log, SIGNAL, trained[run]["warmup_steps"]):
             print(f"{run}: {SIGNAL} fell by {drop['size']:.1%} at step {drop['at']}")
         matters = str({key: trained[run][key] for key in trained[run] if key not in INCIDENTAL})
         arms.setdefault(matters, figures.Arm(run, [], trained[run])).runs.append(log)
-    if len(runs) > 1:
-        print(sooner({run: logs[run] for run in (runs[0], runs[-1])}))
-    figures.save(figures.phase(list(arms.values()), config.x, change_point), f"{out}/phase.png")
-    figures.save(figures.heat_maps(list(arms.values()), config.x), f"{out}/heat.png")
-    print(f"written {out}/phase.png\nwritten {out}/heat.png")
+    arms = list(arms.values())
+    if len(arms) > 1:  # what differs is their name
+        keys = [key for key in trained[runs[0]] if key not in INCIDENTAL
+                and len({str(arm.settings.get(key)) for arm in arms}) > 1]
+        labels = [", ".join(f"{key}={arm.settings.get(key)}" for key in keys) for arm in arms]
+        arms = [arm._replace(label=label) for arm, label in zip(arms, labels, strict=True)]
+    for arm in arms[1:]:
+        print(sooner(arms[0], arm))
+    figures.save(figures.phase(arms, config.x, change_point), f"{out}/phase.png")
+    figures.save(figures.heat_maps(arms, config.x), f"{out}/heat.png")
+    print(f"written {out}/spectra.csv\nwritten {out}/phase.png\nwritten {out}/heat.png")
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
     python data/prepare.py docstrings                             # the default corpus, without a download
     python data/prepare.py books --source=novels/,more.jsonl.gz   # json, jsonl, csv, tsv, txt, parquet
     python data/prepare.py films --source='films/*.parquet' --column=review --tokenizer=data/books
+    python data/prepare.py bard --source=input.txt --paragraphs=True     # one file, cut at blank lines
     python data/prepare.py web --source=hf:HuggingFaceFW/fineweb-edu,sample-10BT --tokenizer=gpt2
     python data/prepare.py mixed --source=english=novels/ --source=danish=da.jsonl --weights=8,1
 
@@ -37,7 +38,7 @@ from docstrings import read_packages
 from tqdm import tqdm
 
 from plumbing import settings
-from plumbing.corpus import file_options, list_files, stream
+from plumbing.corpus import file_rows, hub_rows, list_files, matches, stream
 from plumbing.files import ROOT, fail, lock, read_json, reading, sha256_of, write_atomic
 from plumbing.settings import Count, Share, Whole
 from plumbing.tokenizer import EOT, HUB_FILES, LONG_SPACE, MASK, HubTokenizer, Tokenizer, load_tokenizer
@@ -48,6 +49,7 @@ class Config:
     weights: str = ""  # share of each source in the training tokens, as 8,1,1; interleaves them
     max_tokens: Whole = 0  # end after so many training tokens; 0 takes all there are
     column: str = "text"  # that holds the text
+    paragraphs: bool = False  # cut texts at blank lines into documents, as for one input.txt
     packages: str = "stdlib,torch,numpy,sympy,pandas,networkx,matplotlib"  # that docstrings is made of
     vocab_size: Count = 4096  # ids of the vocabulary that is trained on the corpus
     tokenizer: str = ""  # instead of that: folder of a corpus, run or model; or gpt2, a download
@@ -77,13 +79,15 @@ SAVE = 30  # seconds from one saved state to the next
 # --------------------------------------------------------------------------------------------------
 # Sources
 
-def documents_of(name, column, *where, **options):
+def documents_of(name, config, column, rows, *where):
     """Yield the documents (key, text) of a file or dataset. A text is its own key."""
-    for (text,) in stream(name, [column], *where, **options):
+    column = column or config.column
+    for (text,) in stream([column], rows, name, *where):
         if not isinstance(text, str | None):
             fail(f"column {column!r} of {name} holds {type(text).__name__}, not text: see --column")
-        if text and not text.isspace():
-            yield text, text
+        for part in re.split(r"\n\s*\n", text or "") if config.paragraphs else [text or ""]:
+            if part.strip():
+                yield part, part
 
 class Source:
     """A named part of the corpus: functions that yield documents (key, text), its weight, what is done."""
@@ -108,18 +112,23 @@ def take(documents):
         size += len(document[1])
     return batch
 
-def make_source(item, weight, column):
-    """The Source that an item of --source means."""
+def make_source(item, weight, config):
+    """The Source that an item of --source means. A path may hold = and commas itself."""
     name, what = re.fullmatch(r"(?:(\w+)=)?(.*)", item, re.DOTALL).groups()
+    name, what = (None, item) if matches(item) else (name, what)
     if what.startswith("hf:"):
-        dataset, part, split, own_column = f"{what[3:]},,,".split(",")[:4]
-        where = dataset, own_column or column, dataset, part or None
-        paths, parts = [dataset], [partial(documents_of, *where, split=split or "train")]
+        dataset, part, split, column = f"{what[3:]},,,".split(",")[:4]
+        where = dataset, config, column, hub_rows, part or None, split or "train"
+        paths, parts = [dataset], [partial(documents_of, *where)]
     else:
-        paths = what.split(",")
-        files = [str(file) for path in paths for file in list_files(path)]
-        parts = [partial(documents_of, file, column, **file_options(file)) for file in files]
+        paths = [what] if matches(what) else what.split(",")
+        files = dict.fromkeys(str(file) for path in paths for file in list_files(path))
+        parts = [partial(documents_of, file, config, "", file_rows) for file in files]
     return Source(name or ",".join(Path(path).name for path in paths), parts, weight)
+
+def too_few(split):
+    fail(f"no document fell to {split}: give more (a .txt file is one document; --paragraphs=True cuts it at "
+         "blank lines), or another --val_fraction")
 
 def total(sources, split, count):
     return sum(source.done[split][count] for source in sources)
@@ -157,6 +166,8 @@ def train_tokenizer(sources, vocab_size, val_fraction):
                 if not belongs_to_val(key, val_fraction):
                     samples[-1] += LONG_SPACE.split(text[:left])
                     left -= len(text)
+    if not any(samples):
+        too_few("train")
     needs = [share / max(sum(map(len, sample)), 1) for share, sample in zip(shares, samples, strict=True)]
     texts = []
     for source, sample, need in zip(sources, samples, needs, strict=True):
@@ -190,7 +201,7 @@ def describe(name, config, sources):
     installed = {package.name: package.version for package in distributions()}
     installed["python"] = sys.version.split()[0]  # which is also stdlib's version
     versions = {package: installed[package] for package in packages if package in installed}
-    paths = [part.args[0] for source in sources for part in source.parts if "data_files" in part.keywords]
+    paths = [part.args[0] for source in sources for part in source.parts if file_rows in part.args]
     files = [[path, os.path.getsize(path), os.path.getmtime(path)] for path in paths]
     own = {key: setting for key, setting in asdict(config).items() if key not in ("workers", "data_dir")}
     return {"name": name, "versions": versions, "files": files, "settings": own}
@@ -270,7 +281,7 @@ def prepare(name, config, sources, tokenizer):
     write_tokens(work, sources, tokenizer, config, lambda: write_atomic(state_file, json.dumps(state)))
     for split in SPLITS:
         if not total(sources, split, "documents"):
-            fail(f"no document fell to {split}: give more (a .txt file is one), or another --val_fraction")
+            too_few(split)
     meta = make_meta(work, sources, tokenizer, asked)
     write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
     state_file.unlink(missing_ok=True)  # from here on there is nothing to resume
@@ -300,7 +311,7 @@ def main():
         fail("docstrings is made of installed packages, any other NAME of --source=PATHS")
     os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # rustbpe's
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
-    sources = [make_source(*pair, config.column) for pair in zip(config.source, weights(config), strict=True)]
+    sources = [make_source(*pair, config) for pair in zip(config.source, weights(config), strict=True)]
     if len({source.name for source in sources}) < len(sources):
         fail("two sources have one name: name them, as in --source=danish=da.jsonl")
     packages = partial(cache(read_packages), tuple(config.packages.split(",")), config.workers)

@@ -1,14 +1,20 @@
 """Text in files and on the Hugging Face hub, and corpora: text as token ids, made by data/prepare.py."""
 import contextlib
 import glob
+import gzip
 import hashlib
+import json
 import os
 import re
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pandas as pd
+from pyarrow.parquet import ParquetFile
 from tqdm import tqdm
 
 from plumbing.files import fail, read_json, reading, reason
@@ -17,39 +23,91 @@ from plumbing.tokenizer import load_tokenizer
 # --------------------------------------------------------------------------------------------------
 # Text
 
-CSV = {"keep_default_na": False}  # a cell that says NA or null is text too
-READERS = {  # suffix of a file -> reader of the library `datasets`, and the reader's options
-    ".json": ("json", {}), ".jsonl": ("json", {}), ".csv": ("csv", CSV), ".tsv": ("csv", CSV | {"sep": "\t"}),
-    ".txt": ("text", {"sample_by": "document"}), ".parquet": ("parquet", {})}  # a .txt file is one document
+def open_text(path):
+    """A file of text, perhaps with .gz, from behind its byte order mark."""
+    return (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")
+
+def txt_rows(path, columns):
+    yield {"text": open_text(path).read()}
+
+def json_rows(path, columns):
+    """A row a line, or else one list of rows. Columns that nobody asked for may hold anything."""
+    with open_text(path) as file:
+        if (first := file.read(1)) == "[":
+            return (yield from json.loads(first + file.read()))
+        for number, line in enumerate(file, 1):
+            line, first = first + line, ""
+            try:
+                yield json.loads(line if line.strip() else "{}")
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg}") from error
+
+def csv_rows(path, columns, sep=","):
+    """Cells are text, also those that say 1, NA or null."""
+    for table in pd.read_csv(path, sep=sep, encoding="utf-8-sig", dtype=str, keep_default_na=False,
+                             chunksize=1000):
+        yield from table.to_dict("records")
+
+def parquet_rows(path, columns):
+    file = ParquetFile(path)
+    for batch in file.iter_batches(columns=columns if set(columns) <= set(file.schema_arrow.names) else None):
+        yield from batch.to_pylist()
+
+READERS = {".json": json_rows, ".jsonl": json_rows, ".csv": csv_rows, ".tsv": partial(csv_rows, sep="\t"),
+           ".txt": txt_rows, ".parquet": parquet_rows}  # by suffix; a .txt file is one row
 
 def suffix_of(path):
     """The suffix that says what is in a file: .jsonl for A.JSONL.GZ."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
+
+def matches(path):
+    """The files and folders that a path means, or a glob pattern."""
+    return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+
+def inside(path, above=()):
+    """Yield the files in a folder, sorted, or a file itself. Links are followed, but not in a circle."""
+    if path.is_dir() and (real := path.resolve()) not in above:
+        for child in sorted(path.iterdir()):
+            yield from inside(child, (*above, real))
+    else:
+        yield path
 
 def list_files(path):
-    """The files of text that a file, a folder or a glob pattern means, sorted. A folder may hold others."""
-    matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-    inside = [sorted(Path(match).rglob("*")) or [Path(match)] for match in matches]  # a file has none inside
-    files = [file for files in inside for file in files if suffix_of(file) in READERS and file.is_file()]
-    return files or fail(f"no file {path} ends in {' '.join(READERS)} (or these with .gz)")
+    """The files of text that a file, a folder or a glob pattern means, each once.
+
+    Of what a folder holds, hidden files and those of other kinds are left out; this is told.
+    """
+    files, others = {}, []
+    for match in map(Path, matches(path)):
+        for file in inside(match):
+            hidden = any(part.startswith(".") for part in file.relative_to(match).parts)
+            if hidden or suffix_of(file) not in READERS:
+                others.append(file)
+            elif file.is_file():
+                files.setdefault(file.resolve(), file)
+    if others and files:
+        print(f"left out, hidden or no text: {others[0]}, {len(others)} in all", file=sys.stderr)
+    return list(files.values()) or fail(f"no file {path} ends in {' '.join(READERS)} (or these with .gz)")
 
 def text_files(path):
     """The files of text behind `path`, by name: {"news": ["<path>/news.jsonl.gz"]}.
 
-    A name is the path inside the folder, without suffix; the .txt files of a folder share the folder's name.
+    A name is the path inside the folder, without suffix; the .txt files of a folder are one, "news/*.txt".
     """
     named = {}
     for file in list_files(path):
-        inside = file.relative_to(path) if os.path.isdir(path) else Path(file.name)
-        stem = re.sub(r"\.\w+(\.gz)?$", "", str(inside), flags=re.IGNORECASE)
-        name = inside.parent if suffix_of(file) == ".txt" else Path(stem)
-        named.setdefault(Path(path).resolve().name if name == Path() else str(name), []).append(str(file))
+        place = file.relative_to(path) if os.path.isdir(path) else Path(file.name)
+        name = re.sub(r"\.\w+(\.gz)?$", "", str(place), flags=re.IGNORECASE)
+        if suffix_of(file) == ".txt" and not os.path.isfile(path):
+            name = str(place.parent / "*.txt")
+        named.setdefault(name, []).append(str(file))
     return named
 
-def file_options(path):
-    """What datasets.load_dataset needs to read a file."""
-    reader, options = READERS[suffix_of(Path(path))]
-    return {"path": reader, "data_files": glob.escape(str(path)), "split": "train", **options}
+def file_rows(path, columns):
+    """Yield the rows of a file, dicts of its columns, the wanted ones among them. A bare text is one."""
+    with reading(path, "mend it or leave it out"):
+        for row in READERS[suffix_of(path)](path, columns):
+            yield row if isinstance(row, dict) else {"text": row}
 
 @contextlib.contextmanager
 def datasets_library(name):
@@ -67,24 +125,29 @@ def datasets_library(name):
         offline = "; is this machine online?" if isinstance(error, ConnectionError) else ""
         fail(f"cannot read {name}: {reason(error)}{offline}")
 
-def stream(name, columns, *where, **options):
-    """Yield rows of a file or dataset as tuples of columns. name: for messages; the rest: for `datasets`."""
-    with (datasets_library(name) as datasets,
-          TemporaryDirectory() as cache,  # local files leave lock files in it, and nothing else
-          contextlib.suppress(StopIteration)):  # what datasets raises for an empty .json file
-        for row in datasets.load_dataset(*where, streaming=True, cache_dir=cache, **options):
-            if missing := [column for column in columns if column not in row]:
-                fail(f"{name} has no column {missing[0]!r}, but {', '.join(row)} (see --help)")
-            yield tuple(row[column] for column in columns)
+def hub_rows(name, part, split, columns):
+    """Yield the rows of a dataset of the Hugging Face hub, as they are downloaded."""
+    with datasets_library(name) as datasets, TemporaryDirectory() as cache:  # of lock files, and nothing else
+        yield from datasets.load_dataset(name, part, split=split, streaming=True, cache_dir=cache)
 
-def read_columns(name, columns, *where, **options):
-    """All rows of a dataset: a list of tuples of the wanted columns."""
-    rows = stream(name, columns, *where, **options)
-    return list(tqdm(rows, f"reading {name}", unit=" rows", disable=None))
+def stream(columns, rows, name, *where):
+    """Yield the wanted columns of rows(name, *where, columns) as tuples; what a row lacks is None."""
+    seen = {}
+    for row in rows(name, *where, columns):
+        seen |= row
+        cells = [row.get(column) for column in columns]  # half a surrogate pair, which UTF-8 lacks, is U+FFFD
+        yield tuple(cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                    if isinstance(cell, str) else cell for cell in cells)
+    if seen and (missing := [column for column in columns if column not in seen]):
+        fail(f"{name} has no column {missing[0]!r}, but {', '.join(seen)} (see --help)")
+
+def read_columns(columns, *where):
+    """All rows as a list; see `stream`."""
+    return list(tqdm(stream(columns, *where), f"reading {where[1]}", unit=" rows", disable=None))
 
 def read_files(paths, columns):
     """All rows of some files: a list of tuples of the wanted columns. The column of a .txt file is `text`."""
-    return [row for path in paths for row in read_columns(path, columns, **file_options(path))]
+    return [row for path in paths for row in read_columns(columns, file_rows, path)]
 
 # --------------------------------------------------------------------------------------------------
 # Corpora

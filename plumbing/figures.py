@@ -2,7 +2,11 @@
 
 A log is a list of lines (dicts with "step", "kind" and numbers), as plumbing.run.read_log gives them.
 """
+import os
+import warnings
 from collections import namedtuple
+
+os.environ["MPLBACKEND"] = "agg"  # that of a notebook may be missing here, and figures go to files
 
 import matplotlib
 import numpy as np
@@ -14,9 +18,14 @@ from scipy import stats
 from plumbing.files import write_atomic
 
 # The name of a run is no formula, even with a $ in it; and an axis says 0.9999, not 0.9e-3 above 0.999.
-# Okabe and Ito's colours are for all eyes; "C0" is the first of them, and after the last they begin again.
+# Okabe and Ito's colours are for all eyes; "C0" is the first of them. Twenty more follow.
+COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 k".split()
+COLORS += matplotlib.colormaps["tab20b"].colors
+DASHES = ["-", "--", ":", "-."]
+DASHES += [(0, (length, 2) + (1, 2) * dots) for dots in (2, 3, 0, 4) for length in (4, 8, 14, 20)]
+warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks: one box says as much as a page
 matplotlib.rcParams.update({
-    "axes.prop_cycle": matplotlib.cycler(color="#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 k".split()),
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
     "text.parse_math": False, "axes.formatter.useoffset": False, "figure.constrained_layout.use": True,
     "axes.titlesize": "medium", "legend.fontsize": "small", "legend.frameon": False, "grid.alpha": 0.3})
 AXES = {"step": "optimizer step", "lm_tokens": "language-model tokens",
@@ -53,7 +62,8 @@ def phase(arms, x, change_point=None):
     logs, settings = [log for arm in arms for log in arm.runs], arms[0].settings
     last, found = settings["n_layers"] - 1, {key for log in logs for line in log for key in line}
     blocks = {last: "last block", last // 2: f"block {last // 2}"}
-    sources = {key: key[9:] for key in sorted(found) if key.startswith("val_loss/")}
+    # A legend drops a label that begins with _, so names of others begin with a space.
+    sources = {key: f" {key[9:]}" for key in sorted(found) if key.startswith("val_loss/")}
     panels = {  # label: {key in a log: its label in the legend}
         "PER of weights": {"per/weights/down": "MLP down", "per/weights/ov": "OV circuits"},
         "PER of activations\n(after a block)": {f"per/activations/{i}": block for i, block in blocks.items()},
@@ -87,7 +97,7 @@ def draw_panel(ax, arms, keys, x, change_point):
     for i, arm in enumerate(arms):
         for j, (key, label) in enumerate(keys.items()):
             draw_arm(ax, arm, key, x, change_point, color=f"C{j if single else i}",
-                     linestyle=["-", "--", ":", "-."][j % 4], label=label if i == 0 else None)
+                     linestyle=DASHES[j % len(DASHES)], label=label if i == 0 else None)
         ax.axvline(place(arm.runs[0], arm.settings["warmup_steps"], x), color="0.6", linestyle=":")
         for line in [line for log in arm.runs for line in log if line["kind"] == "collapse"]:
             ax.axvline(line[x], color=f"C{i}", linewidth=1)
@@ -149,7 +159,7 @@ def few_shot(results, readers):
             if reader in colors:
                 means, intervals = ([rows[row][key] for rows in shots.values()] for key in ("mean", "ci95"))
                 ax.errorbar(list(shots), means, intervals, color=colors[reader], marker="o", markersize=3,
-                            linestyle=dashes.get(classifier, "-"), capsize=2, label=row)
+                            linestyle=dashes.get(classifier, "-"), capsize=2, label=f" {row}")
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(shots), list(shots))
         ax.set(title=task, xlabel="examples of a class", ylim=(0, None))
@@ -168,7 +178,7 @@ def lm_bars(results):
         ends = [numbers.get("bits_per_byte_interval", [np.nan, np.nan]) for numbers in domains.values()]
         rows = np.arange(len(bits)) + (i - (len(results) - 1) / 2) * height
         error = np.abs(np.transpose(ends) - bits)
-        ax.barh(rows, bits, 0.9 * height, xerr=error, label=f"{model}, step {step}")
+        ax.barh(rows, bits, 0.9 * height, xerr=error, label=f" {model}, step {step}")
     ax.set(yticks=range(len(bits)), yticklabels=domains, xlabel="bits per byte (bars: 95% over documents)")
     ax.invert_yaxis()
     ax.grid(axis="x")

@@ -54,12 +54,14 @@ def report(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 sys.excepthook = report
+with contextlib.suppress(AttributeError, OSError):  # of a notebook's own stream
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a ? for it
 
 @atexit.register
 def flush_output():
     """Print what is left, or drop it if the reader went away (`| head`); Python would complain of that."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)  # where stdout is closed there is none
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -75,7 +77,10 @@ def on_signals(handler):
 
 def write_atomic(path, content):
     """Write bytes, a text, or what content(file) writes. `path` is the old file or the new, never half."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"cannot write {path}: it is no file")  # /dev/null would become one
     beside = f"{path}.{os.getpid()}.tmp"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     content = content.encode() if isinstance(content, str) else content
     try:
         with open(beside, "wb") as file:

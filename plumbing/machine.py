@@ -1,13 +1,9 @@
 """What this machine can do: device, precision, compiler, memory."""
 import contextlib
 import ctypes
-import importlib.util
 import math
-import os
-import shlex
 import shutil
 import sys
-import sysconfig
 
 import torch
 
@@ -53,16 +49,10 @@ def not_compiled(device):
     """Why torch.compile cannot work here, in a few words; "" if it can."""
     if sys.platform != "linux":
         return "only on Linux"
-    if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        return "no triton"
-    if device.type == "cuda" and torch.cuda.get_device_capability() < (7, 0):
-        return "the GPU is too old"
-    variable, compiler = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
-    compiler = shlex.split(os.environ.get(variable, compiler))[0]
-    if not shutil.which(compiler):
-        return f"no compiler {compiler}"
-    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
-        return "no Python.h: install python3-dev"
+    try:  # the smallest of programs: a compiler, triton, Python.h or a place to write may be missing
+        torch.compile(torch.exp)(torch.ones(16, device=device))
+    except Exception as error:  # each backend has exceptions of its own
+        return str(error).strip().partition("\n")[0][:100]
     return ""
 
 def peak_memory(device):

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -38,8 +37,10 @@ class Run:
 
     def __init__(self, config):
         self.config, self.tracker, self.log_file = config, None, None
-        self.rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))  # torchrun's
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        # What torchrun sets; without an address to meet at, it is a stray of something else.
+        launch = os.environ if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() else {}
+        self.rank, local_rank = (int(launch.get(key) or 0) for key in ("RANK", "LOCAL_RANK"))
+        self.world = int(launch.get("WORLD_SIZE") or 1)
         self.signal, self.stopping, self.clock = None, False, None
         on_signals(self.stop)
         if self.world > min(config.batch_size, config.episodes_per_step if config.meta_ratio else self.world):
@@ -66,7 +67,9 @@ class Run:
             fail(f"resume = True, but {folder} holds no run; check --out_dir, or leave --resume out")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        if not resume and ((folder / "config.json").exists() or checkpoints(folder)):
+        begun = any(line["step"] for line in read_log(folder)) or not (folder / "log.jsonl").exists()
+        begun = begun and (folder / "config.json").exists()  # a run without a step may be begun again
+        if not resume and (begun or checkpoints(folder)):
             fail(f"{folder} already holds a run: continue it with --resume=True, or take another --out_dir")
         for path in folder.glob("*.tmp"):  # of a process that was killed while it saved
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -144,16 +147,17 @@ class Run:
         made = dataclasses.asdict(self.config) | {
             "vocab_size": self.corpus.vocab_size, "corpus_hash": self.corpus.hash, "system": system,
             "git": git, "argv": sys.argv[1:], "versions": {"python": platform.python_version(), **versions}}
+        wandb_id = read_json(f"{folder}/config.json").get("wandb_id") if self.config.resume else None
         if self.config.wandb:
-            path = Path(os.path.abspath(folder))
-            run_id = f"{path.name}-{zlib.crc32(bytes(path)):08x}"  # the same for a resumed run
             with reading("Weights & Biases", f"WANDB_MODE=offline keeps the records in {folder}/wandb"):
                 import wandb
                 self.tracker = wandb.init(
-                    project=self.config.wandb_project, id=run_id, resume="allow", dir=folder, config=made,
+                    project=self.config.wandb_project, name=os.path.basename(os.path.abspath(folder)),
+                    id=wandb_id, resume="allow", dir=folder, config=made,
                     settings=wandb.Settings(init_timeout=30, silent=True))
+            wandb_id = self.tracker.id
         write_atomic(f"{folder}/log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        write_atomic(f"{folder}/config.json", json.dumps(made, indent=2))
+        write_atomic(f"{folder}/config.json", json.dumps(made | {"wandb_id": wandb_id}, indent=2))
         self.log_file = open(f"{folder}/log.jsonl", "ab", buffering=0)
 
     # Processes, signals, memory
@@ -162,7 +166,7 @@ class Run:
         """Print at once, from one process for all. A reader that went away (`| head`) must not end a run."""
         if self.rank == 0:
             with contextlib.suppress(OSError):
-                os.write(1, f"{text}\n".encode())  # unlike print, may be called by a signal handler
+                os.write(1, f"{text}\n".encode("utf8", "replace"))  # unlike print, also in a signal handler
 
     def all_reduce(self, tensor):
         """The sum of a tensor over all processes, in place."""

@@ -25,6 +25,7 @@ Whole = Annotated[int, lambda n: 0 <= n <= LARGEST, "a whole number, 0 or more"]
 Count = Annotated[int, lambda n: 1 <= n <= LARGEST, "a whole number, 1 or more"]
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"]
 Positive = Annotated[float, lambda x: 0 < x < math.inf, "a number above 0"]
+Prompt = Annotated[str, lambda text: True, "text as it is"]  # in other texts, which may be paths, ~ is home
 PLAIN = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "text"}
 
 def load(cls, usage, rules=(), argv=None, allow_words=True):
@@ -41,7 +42,7 @@ def load(cls, usage, rules=(), argv=None, allow_words=True):
         elif word.endswith(".py"):
             values |= read_config_file(cls, word)
         elif allow_words:
-            words.append(word)
+            words.append(os.path.expanduser(word))
         else:
             fail(f"cannot read {word}: a config file ends in .py, a setting is --key=value (see --help)")
     config = cls(**values)
@@ -99,7 +100,13 @@ def checked(cls, key, setting, where):
         setting = float(setting)
     if type(setting) is not plain or not holds(setting):
         fail(f"{key} = {repr(setting)[:60]} (from {where}): {key} takes {what}")
+    if what == "text":
+        return [home(text) for text in setting] if plain is list else home(setting)
     return setting
+
+def home(text):
+    """Paths with ~ as a shell would have them, also in NAME=~/a,~/b; no shell does it behind a =."""
+    return "".join(map(os.path.expanduser, re.split("([=,])", text)))
 
 def help_text(cls, usage):
     """Each field as `--key=default  its comment`, under the comment lines that head the class's groups."""

@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from scipy.stats.contingency import expected_freq
 from sklearn.preprocessing import normalize
 
 import smlmt
+from eval_fewshot import sentence_task
 from model import Llama, ModelConfig
 from plumbing.checkpoint import load_model
 from plumbing.corpus import load_corpus
@@ -33,15 +35,16 @@ CASES = {  # {runs} has copies of the runs
     "words": f"{{runs}}/maml --shots=3,1,1 {SOME}",
     "sentences": f"{{runs}}/maml {{runs}}/deep --shots=4,1 --data={{here}}/data --corpus=none {SOME}",
     "mask": f"{{runs}}/mask --shots=4 --data={{here}}/data --corpus={{here}}/none {SOME}",
-    "hub": f"{{runs}}/maml --shots=1,60 --data=hf:{{here}}/hub --split=validation {SOME} {COLUMNS}",
+    "hub": f"{{runs}}/maml --shots=1,60 --data=hf:{{here}}/hub --split=validation {SOME} {COLUMNS} "
+           "--out={here}/out",
 }
 MISTAKES = {  # of {runs}/maml, and what the one line says
     "shots": ("--shots=1,0", "shots = 1,0"),
     "no corpus": ("--corpus=none", "there is no corpus none; name one with --corpus="),
-    "secret labels": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS}", "different classes"),
-    "numbers": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS} --text_column=b", "not every row has a text"),
+    "secret labels": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS}", "or -1 no training class"),
+    "numbers": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS} --text_column=b", "training row 1: "),
     "few examples": ("--data={here}/data --shots=99", "larger sample than population"),
-    "no test": ("--data={here}/hub", "it lacks '<task>_train'; a task is two files"),
+    "no test": ("--data={here}/hub/test.jsonl", "it lacks '<task>_train'; a task is two files"),
 }
 
 def sentences(*modules):
@@ -87,6 +90,7 @@ def results(here):
     done = dict(zip(cases, run_many("eval_fewshot.py", commands), strict=True))
     assert not "".join(done[name].stderr for name in CASES)
     firsts = {name: here / name / ("mask" if name == "mask" else "maml") for name in CASES}
+    firsts["hub"] = here / "out"
     return done, {name: json.loads((firsts[name] / "fewshot.json").read_text())["tasks"] for name in CASES}
 
 # ----------------------------------------------------------------------------------------------------
@@ -220,6 +224,11 @@ def test_words_as_training_evaluates_them(here, results):
         cell = results[1]["training"][task]["shots"]["3"][f"{here}/training/maml, step 20, adapt"]
         expected = line[key], 1.96 * line[f"{key}_se"]
         assert (cell["mean"], cell["ci95"]) == pytest.approx(expected, abs=2.2 / (64 * N * Q))  # two answers
+
+def test_a_class_may_be_missing_in_the_test_rows():
+    config = SimpleNamespace(shots=[1], n_episodes=2, seed=0)
+    task = sentence_task(config, "q", [(letter, letter) for letter in "abcabc"], [("x", "c"), ("y", "a")])
+    assert task.n_way == 3 and task.labels.tolist() == [2, 0]
 
 def test_tables(here, results):
     """A row for each classifier with the numbers of the file; a chart; and what is left out."""

@@ -25,7 +25,7 @@ CASES = {  # {runs} has two copies of the tiny run, of which `early` ends at ste
     "defaults": "{runs}/run --data={here}/data/prose.jsonl.gz",
     "sliding": "{runs}/run --step=80 --data={here}/data/prose.jsonl.gz --context=12 --stride=1",
     "hub": "{runs}/run --data=hf:{here}/hub --column=body",
-    "part": "{runs}/run --data=hf:{here}/hub,one --split=test --column=body",
+    "part": "{runs}/run --data=hf:{here}/hub,one --split=test --column=body --out={here}/out",
 }
 MISTAKES = {  # and what the one line says
     "no data": ("{runs}/run", "data = : data must name"),
@@ -140,7 +140,9 @@ def test_every_step(here, results):
 
 def test_hub(here, results):
     """A configuration is a domain, of its validation split or else the test split; or what is asked for."""
-    whole, part = (written(here, name)["steps"]["160"] for name in ("hub", "part"))
+    whole, (part,) = written(here, "hub"), json.loads((here / "out/eval_lm.json").read_text()).values()
+    whole, part = whole["steps"]["160"], part["steps"]["160"]
+    assert not (here / "part/run/eval_lm.json").exists()
     prose = sum(map(len, PROSE))
     assert [whole[domain]["bytes"] for domain in ("one", "two", "all")] == [prose, 6, prose + 6]
     assert part.keys() == {"one", "all"} and part["one"]["bytes"] == 6

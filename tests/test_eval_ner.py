@@ -71,7 +71,9 @@ def test_reading_gives_back_what_was_written(tmp_path):
     expected = [*HARD, others._replace(tags=["O", "O", "I-PER", "B-LOC"])]
     write(tmp_path / "x", [*HARD, others])
     (tmp_path / "y").write_bytes((tmp_path / "x").read_bytes().replace(b"\n", b"\r\n"))
+    (tmp_path / "z").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "x").read_bytes())
     assert eval_ner.read_iob2(tmp_path / "x") == expected == eval_ner.read_iob2(tmp_path / "y")
+    assert eval_ner.read_iob2(tmp_path / "z") == expected
 
 def test_few_sentences():
     """Four for each type, none twice; each seed has its own."""
@@ -239,7 +241,7 @@ def test_two_runs(commands):
     """A row for each mode, set and system: means of the seeds, and differences of two rows."""
     here, (done, *_) = commands
     assert done.returncode == 0 and done.stderr.count("dev F1") == 12, done.stderr
-    table = json.loads((here / "a" / "ner_da_ddt.json").read_text())["table"]
+    table = json.loads((here / "a" / "ner_da_ddt_both.json").read_text())["table"]
     rows = {(row["mode"], row["set"], row["system"]): row for row in table}
     systems = ["all O", "random weights", f"{here}/a", f"{here}/b", f"{here}/a - {here}/b"]
     assert len(rows) == 20 and all(f" {row['f1']:.3f} " in done.stdout for row in table)
@@ -268,7 +270,8 @@ def test_only_what_is_missing_is_tuned_again(commands, monkeypatch, capsys):
     assert capsys.readouterr().out == done.stdout
     own = [p for name, p in load_model(here / "b").model.named_parameters() if "unembedding" not in name]
     assert len(starts[0]) == len(own) and all(map(torch.equal, sum(starts, []), own * 2))
-    eval_ner.main([*words, "--mode=head", "--seeds=1", "--head_lr=0.02"])
+    eval_ner.main([*words, "--mode=head", "--seeds=1", "--head_lr=0.02", f"--out={here}/out"])
+    assert len(list(here.glob("out/ner/*"))) == 3 and (here / "out/ner_da_ddt_head.png").exists()
     assert len(starts) == 5  # with other settings the two models and the random weights are tuned anew
 
 def test_mistakes_are_one_line(commands):

@@ -27,7 +27,8 @@ HALF, SINGLE = "--dtype=float16", "--dtype=float32"
 CASES = {  # name -> loss scale at the start, and settings
     "float32": (1024, [SINGLE]), "float16": (1024, [HALF]), "half": (1024, [HALF, "--max_steps=4"]),
     "too large": (2.0**27, [HALF, "--max_steps=30"]), "hopeless": (2.0**100, [HALF, "--max_steps=30"])}
-SHOWN = {"shown": (1024, [SINGLE, "--wandb=True", "--wandb_project=hedgehogs"])}
+WANDB = [SINGLE, "--wandb=True", "--wandb_project=hedgehogs"]
+SHOWN = {"lr=1,shown": (1024, WANDB), "lr=1,shown/again": (1024, [*WANDB, "--max_steps=9", "--resume=True"])}
 RESUMED = {"resumed": (1, [HALF, "--resume=True"]), "in float32": (1, [SINGLE, "--resume=True"])}
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def runs(data_dir, tmp_path_factory):
     here, done = tmp_path_factory.mktemp("float16"), {}
     (here / "changed.py").write_text(CHANGED)
     for cases in (CASES, RESUMED, SHOWN):
-        words = [[scale, *WORDS, f"--data_dir={data_dir}", f"--out_dir={here / name}", *more]
+        words = [[scale, *WORDS, f"--data_dir={data_dir}", f"--out_dir={here / name.split('/')[0]}", *more]
                  for name, (scale, more) in cases.items()]
         done |= zip(cases, run_many(here / "changed.py", words, report=cases is SHOWN), strict=True)
         for name in RESUMED if cases is CASES else ():
@@ -89,10 +90,12 @@ def test_twenty_skipped_steps_in_a_row_stop_the_run(runs):
 
 def test_wandb_gets_what_log_jsonl_has_and_is_left_alone_otherwise(runs):
     here, done = runs
-    assert [name for name in done if "wandb was imported" in done[name].stdout] == ["shown"]
-    assert done["shown"].returncode == 0, done["shown"].stderr
-    (record,) = here.glob("shown/wandb/offline-run-*-shown-*/run-shown-*.wandb")
-    names = {name for line in log_of(here / "shown") for name in line} - {"kind"}
-    content = record.read_bytes()
+    assert [name for name in done if "wandb was imported" in done[name].stdout] == list(SHOWN)
+    assert [done[name].returncode for name in SHOWN] == [0, 0], done["lr=1,shown"].stderr
+    records = sorted((here / "lr=1,shown").glob("wandb/offline-run-*/run-*.wandb"))
+    (wandb_id,) = {path.stem for path in records}  # a resumed run has the old one, any other its own
+    assert len(records) == 2 and re.fullmatch("run-[a-z0-9]{8}", wandb_id)
+    names = {name for line in log_of(here / "lr=1,shown") for name in line} - {"kind"} | {"lr=1,shown"}
+    content = records[0].read_bytes()
     assert not [name for name in names | {"hedgehogs", "curves", "d_model"} if name.encode() not in content]
-    assert list(here.glob("shown/wandb/offline-run-*/files/media/images/curves*.png"))
+    assert list(here.glob("lr=1,shown/wandb/offline-run-*/files/media/images/curves*.png"))

@@ -1,14 +1,12 @@
 """Machines that are not here: GPUs, Macs, Windows, pretended as far as it goes."""
-import importlib.util
 import math
 import shutil
 import subprocess
 import sys
-import sysconfig
 
 import pytest
 import torch
-from conftest import ROOT, log_of, run_many, without_times
+from conftest import ROOT, log_of, run_many, run_script, without_times
 
 from plumbing import machine
 
@@ -42,21 +40,9 @@ def test_half_precision_where_there_are_instructions_for_it(monkeypatch, capabil
     assert machine.choose_dtype("float16", CUDA) == torch.float16
     assert machine.choose_dtype("auto", MPS) == torch.float32
 
-def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert machine.not_compiled(CPU) == "no compiler g++"
-    monkeypatch.setenv("CXX", "clang++ -v")
-    assert machine.not_compiled(CPU) == "no compiler clang++"
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert "Python.h" in machine.not_compiled(CPU)
-    (tmp_path / "Python.h").touch()
-    assert machine.not_compiled(CPU) == ""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert machine.not_compiled(CUDA) == "no triton"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert "too old" in machine.not_compiled(CUDA)
+def test_what_cannot_be_compiled_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert machine.not_compiled(CPU) == "" and "CUDA" in machine.not_compiled(CUDA)
     monkeypatch.setattr(sys, "platform", "win32")
     assert machine.not_compiled(CPU) == "only on Linux"
 
@@ -164,6 +150,19 @@ def test_every_script_without_what_only_linux_has(runs, data_dir, tmp_path):
     assert len(ends) == 8 and all(line.endswith(" 0") for line in ends), done.stderr
     assert "peak memory nan GiB" in done.stdout
     assert without_times(log_of(run)) == without_times(log_of(runs["plain"][0]))
+
+def test_an_environment_that_others_have_set(data_dir, tmp_path, monkeypatch):
+    """That of a notebook, of a cluster, of a terminal without UTF-8; a compiler that cannot work; a ~."""
+    (tmp_path / "with space").mkdir()
+    for key, text in {"MPLBACKEND": "module://nowhere", "PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2",
+                      "RANK": "", "LOCAL_RANK": "3", "WORLD_SIZE": "2", "HOME": tmp_path,
+                      "TMPDIR": tmp_path / "with space"}.items():
+        monkeypatch.setenv(key, str(text))
+    words = [*WORDS, f"--data_dir={data_dir}", "--max_steps=1", "--out_dir=~/a/run", "--compile=True"]
+    assert "1 x cpu" in (out := run_script("train.py", *words).stdout) and "not compiled (" in out
+    assert (tmp_path / "a/run/curves.png").exists()
+    done = run_script("sample.py", tmp_path / "a/run", "--prompt=Café ~/a", "--n_samples=1")
+    assert "Caf? ~/a" in done.stdout
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["11m", "65m", "181m", "570m"])

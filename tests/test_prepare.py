@@ -23,7 +23,7 @@ import tiktoken
 import tokenizers
 
 from plumbing import files
-from plumbing.corpus import load_corpus
+from plumbing.corpus import file_rows, load_corpus, stream, text_files
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 sys.path.insert(0, str(DATA))
@@ -129,6 +129,49 @@ def test_kinds_of_files_give_the_same_corpus(texts, tmp_path):
         corpus = build(tmp_path / source[0], *words)
         assert corpus.bytes == Corpus(tmp_path / "a").bytes, source
     assert corpus.documents(corpus.train) == part(texts, "train", 0.2)
+
+MARK = b"\xef\xbb\xbf"  # which Notepad puts before a text
+ROWS = {  # name of a file: what is in it, and the texts that are read
+    "mark.txt": (MARK + b"Return", ["Return"]),
+    "mark.csv": (MARK + b'text,label\n"a, one",1\nNA,2\n', ["a, one", "NA"]),
+    "MARK.JSON": (MARK + b'[{"text": "a"},\n {"text": "b"}]', ["a", "b"]),
+    "mark.jsonl": (MARK + b'{"text": "a"}\n\n{"id": 1}\n{"text": null}', ["a", None, None, None]),
+    "texts.json": (b'["a", "b"]', ["a", "b"]),
+    "emoji.jsonl": (br'''{"text": "half \ud83d"}
+        {"text": "whole \ud83d\ude00"}''', ["half \ufffd", "whole 😀"]),
+    "late.jsonl": (b'''{"text": "a", "id": 1, "meta": {"year": 1, "pad": "%s"}}
+        {"text": "b", "id": 0.5, "meta": {"url": "u"}, "licence": []}''' % (b"x" * 11_000_000), ["a", "b"])}
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_odd_files(name, tmp_path):
+    (tmp_path / name).write_bytes(ROWS[name][0])
+    assert [text for (text,) in stream(["text"], file_rows, tmp_path / name)] == ROWS[name][1]
+
+def test_folders_with_links_and_hidden_files(jsonl, texts, tmp_path, monkeypatch, capfd):
+    """Hidden files are no text, a linked folder is, and no file counts twice; so too in evaluations."""
+    here, far = tmp_path / "lang=en,da", tmp_path / "far"
+    far.mkdir(), (here / ".ipynb_checkpoints").mkdir(parents=True)
+    write_jsonl(here / "A.JSONL", texts[:50])
+    write_jsonl(far / "b.jsonl", texts[50:])
+    (here / "far").symlink_to(far)
+    (far / "again").symlink_to(here)  # round in a circle
+    (here / "._A.JSONL").write_bytes(b"\0\5\26\7")
+    shutil.copy(here / "A.JSONL", here / ".ipynb_checkpoints")
+    monkeypatch.chdir(tmp_path)
+    corpus = build(tmp_path / "corpus", f"--source={here.name}", jsonl.words[1])
+    assert corpus.bytes == jsonl.bytes and corpus.meta["sources"][0]["name"] == here.name
+    assert "left out, hidden or no text" in capfd.readouterr().err
+    assert text_files(str(here)) == {"A": [f"{here}/A.JSONL"], "far/b": [f"{here}/far/b.jsonl"]}
+    (here / "A.txt").touch()
+    assert text_files(str(here))["*.txt"] == text_files(f"{here}/*.txt")["*.txt"] == [f"{here}/A.txt"]
+
+def test_one_text_is_cut_at_blank_lines(jsonl, tmp_path):
+    parts = [f"Line one of {i}.\nLine two." for i in range(60)]
+    (tmp_path / "input.txt").write_text("\n \n\n".join(parts))
+    words = f"--source={tmp_path / 'input.txt'}", "--paragraphs=True", "--val_fraction=0.2"
+    corpus = build(tmp_path / "corpus", *words, jsonl.words[1])
+    assert corpus.documents(corpus.train) == part(parts, "train", 0.2)
+    assert corpus.documents(corpus.val) == part(parts, "val", 0.2)
 
 def test_sources_columns_blank_documents_and_batches(jsonl, texts, tmp_path, monkeypatch):
     """Two sources follow one another, each with its range of val.bin; a document without text is none."""
@@ -321,9 +364,10 @@ def test_docstrings_of_packages(tmp_path):
 MISTAKES = {
     "--source=good.jsonl --column=body": "no column 'body', but id, text",
     "--source=good.jsonl --column=id": "holds int, not text",
-    "--source=bad.jsonl": "cannot read bad.jsonl",
+    "--source=bad.jsonl": "cannot read bad.jsonl: line 2: Unterminated string",
     "--source=good.jsonl --source=blank.jsonl": "no document with text in blank.jsonl",
-    "--source=one.txt --vocab_size=260": "no document fell to val",
+    "--source=one.txt --vocab_size=260": "no document fell to val: give more (a .txt file is one document",
+    "--source=one.txt --vocab_size=260 --val_fraction=1": "--paragraphs=True cuts it at blank lines",
     "--source=good.jsonl --vocab_size=60000": "too short for --vocab_size=60000",
     "--source=good.jsonl --source=more/good.jsonl": "two sources have one name",
     "--source=good.jsonl --weights=1,2": "one for each source",

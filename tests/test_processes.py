@@ -98,8 +98,8 @@ def test_stopped_together_resumed_by_three_and_a_death_ends_all(alone, tmp_path)
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_mistake_that_all_find(alone, monkeypatch, rank):
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for key, text in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(key, str(text))
     (done,) = run_many("train.py", [[*alone[1], "--episodes_per_step=1"]])
     assert done.returncode == 2 and done.stderr.startswith("error: 2 processes cannot share"), done.stderr
 

@@ -83,6 +83,12 @@ def test_a_list_grows_word_by_word(write):
     assert load("--source=a", "--source=b=c")[0].source == ["a", "b=c"]
     assert load(write("source = ['x', 'y']"))[0].source == ["x", "y"]
 
+def test_a_tilde_is_the_home_folder_wherever_a_path_begins(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config, rest = load("--name=~/x", "--source=da=~/a,~/b~", "--source=~", "~/run")
+    assert config == Config("/home/me/x", source=["da=/home/me/a,/home/me/b~", "/home/me"])
+    assert rest == ["/home/me/run"] and load(write("name = '~/y'"))[0].name == "/home/me/y"
+
 def test_rules_show_the_settings_that_they_name(capsys):
     with pytest.raises(SystemExit):
         load("--n=3", rules=[(lambda c: c.n < c.steps, "n must be below steps"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import log_of, run_many
+from matplotlib.colors import to_hex
 
 import spectra
 from model import Llama, ModelConfig, rotary_table, rotate
@@ -223,15 +224,39 @@ def test_figures_show_the_numbers_of_the_logs():
     assert lines["training words, after (mean of 25 steps)"][[1, 24, 39]] == pytest.approx([5, 120, 270])
 
 def test_times_sooner():
-    logs = {"slow": made_up_log(meta=False), "fast": made_up_log()}
-    start = spectra.reached(logs["fast"][2::3], 7.5)  # every third line is an evaluation
+    """Of an arm of two seeds that lie as far above the mean as below, one with an evaluation more."""
+    fast = [made_up_log(seed, n=21 + (seed > 0)) for seed in (-1, 1)]
+    arms = figures.Arm("slow", [made_up_log(meta=False)], {}), figures.Arm("fast", fast, {})
+    start = spectra.reached(spectra.mean_evals(fast), 7.5)
     assert start == {"step": 25, "lm_tokens": 2500, "flops": 5e7, "seconds": 12.5}
-    assert "fast reached at step 100. Times sooner: 2.00 in step, 2.00 in lm_tokens" in spectra.sooner(logs)
+    assert "fast reached at step 100. Times sooner: 2.00 in step, 2.00 in lm_tokens" in spectra.sooner(*arms)
+
+def test_twenty_arms_and_sources_are_told_apart_and_named_as_they_are(tmp_path):
+    names = ["_base", "cost $5 to $9", "a$\\q$", *map(str, range(17))]
+    log = [line | {f"val_loss/{name}": 1.0 for name in names} for line in made_up_log()]
+    settings = {"n_layers": 3, "n_way": 16, "k_shot": 4, "warmup_steps": 20}
+    figure = figures.phase([figures.Arm(name, [log], settings) for name in names], "step")
+    assert [text.get_text() for text in figure.legends[0].texts] == names
+    assert len({to_hex(line.get_color()) for line in figure.legends[0].get_lines()}) == 20
+    for few in ("a", "ab"):
+        axes = figures.phase([figures.Arm(name, [log], settings) for name in few], "step").axes
+        legend = next(ax.get_legend() for ax in axes if "loss" in ax.get_ylabel())
+        texts = [text.get_text().strip() for text in legend.texts]
+        styles = {str(line._unscaled_dash_pattern) for line in legend.get_lines()}
+        assert set(names) < set(texts) and len(styles) >= 20
+    rows = {name: {"mean": 0.5, "ci95": 0.1} for name in [f"{name}, step 1, adapt" for name in names]}
+    systems = [f"{name}, step 1" for name in names]
+    drawn = figures.few_shot({"tasks": {"q": {"shots": {1: rows}}}}, systems), figures.lm_bars({
+        name: {"steps": {"1": {"all": {"bits_per_byte": 1}}}} for name in names})
+    for figure in drawn:
+        assert [text.get_text().split(",")[0].strip() for text in figure.legends[0].texts] == names
+        figures.save(figure, tmp_path / "figure.png")
 
 def test_command_line(data_dir, tmp_path, monkeypatch):
     base = SHAPE | dict(data_dir=data_dir, batch_size=4, max_steps=20, warmup_steps=5, eval_steps=1, n_way=4,
                         eval_interval=10, ckpt_interval=10, word_min_count=200, compile=False)
-    arms = {"run": {}, "seed1": {"seed": 1}, "half": {"meta_ratio": 0.5}, "wide": {"d_ff": 44}}
+    arms = {"run": {}, "seed1": {"seed": 1, "ckpt_interval": 20}, "half": {"meta_ratio": 0.5},
+            "wide": {"d_ff": 44}}
     settings = [base | arm | {"out_dir": tmp_path / name} for name, arm in arms.items()]
     words = [[f"--{key}={setting}" for key, setting in of_run.items()] for of_run in settings]
     assert [done.returncode for done in run_many("train.py", words)] == [0] * 4
@@ -245,17 +270,22 @@ def test_command_line(data_dir, tmp_path, monkeypatch):
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
     assert [done.returncode for done in good] == [0] * 3 and "Times sooner" in good[0].stdout
     assert (tmp_path / "out/phase.png").exists() and (alone / "heat.png").exists()
-    rows = {folder: list(csv.DictReader(open(folder / "spectra.csv"))) for folder in (run, alone, half)}
-    assert [{"kind": "eval"} | {k: float(row[k]) for k in row} for row in rows[run]] == log_of(run, "eval")
-    for row, line in zip(rows[alone], log_of(run, "eval")[1:], strict=True):
+    assert not (run / "spectra.csv").exists()  # with --out nothing is written into runs
+    lines = [row for out in ("out", "alone") for row in csv.DictReader(open(tmp_path / out / "spectra.csv"))]
+    rows = {str(folder): [] for folder in (run, seed1, half, alone)}
+    for row in lines:
+        rows[row.pop("model")].append(row)
+    numbers = [{k: float(row[k]) for k in row if row[k]} for row in rows[str(run)]]
+    assert [{"kind": "eval"} | line for line in numbers] == log_of(run, "eval")
+    for row, line in zip(rows[str(alone)], log_of(run, "eval")[1:], strict=True):
         for key in ("step", "lm_tokens", "per/weights/down", "per/activations/2", "entropy/1"):
             assert float(row[key]) == pytest.approx(line[key], rel=1e-5)
         assert float(row["val_loss"]) == pytest.approx(line["val_loss"], abs=0.3) and row["per/gradients/q"]
-    assert list(csv.DictReader(good[2].stdout.splitlines())) == [{"model": str(last)} | rows[alone][-1]]
-    assert [row["bits_per_byte/all"] for row in rows[half]] == ["", "", "3.5", ""]
+    assert list(csv.DictReader(good[2].stdout.splitlines())) == [{"model": str(last)} | rows[str(alone)][-1]]
+    assert [row["bits_per_byte/all"] for row in rows[str(half)]] == ["", "", "3.5", ""]
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     monkeypatch.setattr("sys.argv", ["spectra.py", *map(str, (run, half, seed1))])
     spectra.main()
     arms = [text.get_text() for text in drawn[0].legends[0].texts]
-    assert arms == [f"{run} (2 seeds, 95%)", str(half)]
+    assert arms == ["meta_ratio=0.0 (2 seeds, 95%)", "meta_ratio=0.5"]

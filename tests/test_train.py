@@ -4,7 +4,9 @@ import math
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -15,7 +17,9 @@ from conftest import checkpoint, log_of, run_many, run_script, start, without_ti
 from safetensors.torch import load_file, save_file
 
 from model import Llama, ModelConfig
+from plumbing import files
 from plumbing.checkpoint import sha256_of
+from plumbing.run import Run
 
 STEPS, B, T, LR, WARMUP, CLIP = 160, 8, 32, 3e-3, 20, 0.7  # of the quick start in conftest.py
 SAVED = [40, 80, 120, 160]
@@ -325,6 +329,20 @@ def test_collapse_is_decided_from_the_log_and_a_resumed_run_decides_the_same(qui
         shutil.rmtree(folder / f"step_0000{42 if action == 'stop' else 60}")  # as after a kill
     stop, vanilla, meta = train(" doctored", resume=True, max_steps=66)  # and raised meanwhile
     assert (stop, vanilla, meta[:60]) == (42 * "l", plain[:42] + 24 * "l", 42 * "l" + plain[42:])
+
+def test_a_folder_with_no_step_yet_may_be_begun_again(tmp_path, capsys):
+    """A run that failed at once; not the folder of a model, nor a run that has steps."""
+    run, answers = SimpleNamespace(config=SimpleNamespace(out_dir=tmp_path, resume=False)), []
+    (tmp_path / "config.json").write_text("{}")
+    steps = [json.dumps({"step": step, "kind": "eval"}) + "\n" for step in range(2)]
+    for log in (None, "", steps[0], "".join(steps)):
+        if log is not None:
+            (tmp_path / "log.jsonl").write_text(log)
+        with suppress(SystemExit):
+            Run.open_folder(run)
+        files.locks.pop().release()
+        answers.append("already holds a run" in capsys.readouterr().err)
+    assert answers == [True, False, False, True]
 
 @pytest.mark.slow
 def test_missing_corpus_is_built(quick_start, tmp_path):
