@@ -14,7 +14,7 @@ Words are masked in the validation text. A sentence is read at its last token, o
 models get the same draws. Intervals are 1.96 standard errors over draws, not over seeds of training.
 """
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 
 from plumbing import settings  # before torch: Ctrl-C is quiet soon
@@ -61,10 +61,14 @@ BATCH = 8192  # tokens that a model reads at once
 # Classifiers: support x (N*K, C), its labels y (N*K,), query z (Q, C) -> answers (Q,)
 
 def adapted(x, y, z, head, lr, steps):
+    """The answers (steps + 1, Q) before the first inner step and after each."""
     def loss(head, _):
         return F.cross_entropy(maml.head_logits(head, x), y)
 
-    return maml.head_logits(maml.adapt(loss, head, None, lr, steps), z).argmax(-1)
+    heads = [head]
+    for _ in range(steps):
+        heads.append(maml.adapt(loss, heads[-1], None, lr, 1))
+    return torch.stack([maml.head_logits(head, z).argmax(-1) for head in heads])
 
 def logistic(x, y, z, *_):
     x, z = (part.cpu().double().numpy() * part.shape[-1] ** 0.5 for part in (x, z))
@@ -121,6 +125,7 @@ class Task:
     examples: list  # sentences, read at their ends; or pairs of a window (L,) of ids and where it is read
     draws: dict  # K -> E pairs of numbers of examples: support (N*K,), query (Q,)
     table: dict  # K -> {row of the table: accuracies (E,)}; begins with the baselines
+    curves: dict = field(default_factory=dict)  # K -> {model: mean accuracy before and after each inner step}
 
 def word_tasks(config, trained, corpus):
     """Which word is masked? With seed 0, on the episodes of training's evaluations."""
@@ -211,8 +216,12 @@ def evaluate(task, name, loaded):
         y, accuracies = torch.arange(task.n_way, device=x.device).repeat_interleave(k), []
         for draw in draws:
             support, query = (x[np.searchsorted(drawn, of_part)] for of_part in draw)
-            accuracies.append((answer(support, y, query, *inner).cpu() == labels).float().mean().item())
-        task.table[k][f"{name}, {classifier}"] = np.array(accuracies)  # (E,)
+            accuracies.append((answer(support, y, query, *inner).cpu() == labels).double().mean(-1))
+        accuracies = torch.stack(accuracies).numpy()  # (E,), or of `adapted` (E, steps + 1)
+        if accuracies.ndim == 2:
+            task.curves.setdefault(k, {})[name] = accuracies.mean(0).tolist()
+            accuracies = accuracies[:, -1]
+        task.table[k][f"{name}, {classifier}"] = accuracies
 
 def summary(rows, first, others):
     """Mean and interval of each row of a table; also of the differences of each model to the first."""
@@ -246,7 +255,8 @@ def main():
     _, first, *others = systems
     for task in tasks:
         shots = {k: summary(rows, first, others) for k, rows in task.table.items()}
-        results["tasks"][task.name] = {"about": task.about, "n_way": task.n_way, "shots": shots}
+        results["tasks"][task.name] = {"about": task.about, "n_way": task.n_way, "shots": shots,
+                                       "after_each_inner_step": task.curves}
         table = pd.DataFrame(shots).map("{0[mean]:.4f} ± {0[ci95]:.4f}".format)
         print(f"\n{task.name}: {task.about}\n{table.rename(columns='K = {}'.format).to_string()}")
     out = config.out or words[0]

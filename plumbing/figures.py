@@ -147,12 +147,15 @@ def heat_maps(arms, x):
     return figure
 
 def few_shot(results, readers):
-    """Accuracy over K, a panel for each task, of fewshot.json. readers: the models, random weights first."""
+    """Accuracy over K, and below over inner steps at the middle K, of fewshot.json: a column for each task.
+
+    readers: the models, random weights first.
+    """
     dashes = {"logistic": "--", "prototype": ":", "bigram prototypes": "-."}  # else a solid line
     colors = {reader: f"C{i - 1}" if i else "0.6" for i, reader in enumerate(readers)} | {"": "black"}
-    figure = Figure((max(7, 1 + 3 * len(results["tasks"])), 4.5))
-    axes = figure.subplots(1, len(results["tasks"]), squeeze=False)[0]
-    for ax, (task, of_task) in zip(axes, results["tasks"].items(), strict=True):
+    figure = Figure((max(7, 1 + 3 * len(results["tasks"])), 7.5))
+    axes = figure.subplots(2, len(results["tasks"]), squeeze=False, sharey="col")
+    for (ax, below), (task, of_task) in zip(axes.T, results["tasks"].items(), strict=True):
         shots = {int(k): rows for k, rows in of_task["shots"].items()}
         for row in shots[min(shots)]:
             reader, _, classifier = row.rpartition(", ")  # a baseline has no reader
@@ -163,9 +166,16 @@ def few_shot(results, readers):
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(shots), list(shots))
         ax.set(title=task, xlabel="examples of a class", ylim=(0, None))
-        ax.grid()
-    axes[0].set_ylabel("accuracy")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        middle = list(shots)[len(shots) // 2]
+        for reader, accuracies in of_task["after_each_inner_step"][middle].items():
+            below.plot(accuracies, color=colors[reader], marker="o", markersize=3)
+        for row in {"majority class", "bigram prototypes"}.intersection(shots[middle]):
+            below.axhline(shots[middle][row]["mean"], color="black", linestyle=dashes.get(row, "-"))
+        below.set(xlabel=f"inner steps, {middle} examples of a class")
+        ax.grid(), below.grid()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 def lm_bars(results):

@@ -96,14 +96,14 @@ def results(here):
 # ----------------------------------------------------------------------------------------------------
 # The classifiers, from their definitions
 
-def gradient_descent(head, x, y, z):
+def gradient_descent(head, x, y, z, steps=3):
     """Answers for z after plain gradient descent from a head [W, b, W, b, ...]."""
     def logits(params, x):
         for i in range(0, len(params), 2):
             x = (x if i == 0 else x.relu()) @ params[i].T + params[i + 1]
         return x
 
-    for _ in range(3):
+    for _ in range(steps):
         head = [p.detach().requires_grad_() for p in head]
         loss = -logits(head, x).log_softmax(1)[range(len(y)), y].mean()
         step = LR * len(head[-1])  # LR is for each class
@@ -170,19 +170,26 @@ def test_bigram_prototypes(data_dir, results, k):
 
 @pytest.mark.parametrize("prefix", ["random weights", "{here}/words/maml, step 10"])
 def test_words(here, data_dir, results, prefix):
-    """Random weights come from the seed, trained ones from the step asked for."""
+    """Random weights come from the seed, trained ones from the step asked for. The curve ends in the row."""
     torch.manual_seed(SEED)
     model = Llama(ModelConfig(**SHAPE, vocab_size=1024))
     model = model if prefix == "random weights" else load_model(here / "runs/maml", 10).model
     corpus = load_corpus(data_dir / "docstrings")
     for task, of_task in results[1]["words"].items():
-        draws = []
+        draws, curves = [], []
         for e in episodes(corpus, K, task):
             x, z = (model.features(torch.from_numpy(rows))[range(len(rows)), at].detach()
                     for rows, at in ((e.support, e.support_pos), (e.query, e.query_pos)))
             head = [torch.zeros(N, 16), torch.zeros(N)]
-            draws.append(accuracies(head, x, torch.from_numpy(e.support_labels), z, e.query_labels))
-        check_rows(of_task["shots"][str(K)], prefix.format(here=here), draws)
+            y, labels = torch.from_numpy(e.support_labels), torch.from_numpy(e.query_labels)
+            draws.append(accuracies(head, x, y, z, e.query_labels))
+            answers = [gradient_descent(head, x / 4, y, z / 4, steps) for steps in range(4)]
+            curves.append([(answer == labels).double().mean() for answer in answers])
+        prefix, cells = prefix.format(here=here), of_task["shots"][str(K)]
+        check_rows(cells, prefix, draws)
+        curve = of_task["after_each_inner_step"][str(K)][prefix]
+        assert curve == pytest.approx(np.mean(curves, 0), abs=0.015) and curve[0] == pytest.approx(1 / N)
+        assert curve[-1] == pytest.approx(cells[f"{prefix}, adapt"]["mean"])
 
 def sentence_draws(folder, task, k):
     """Accuracies (E, 3). One sentence at a time, the end of a long one; <|mask|> after it if trained so."""
