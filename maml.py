@@ -158,7 +158,7 @@ def right(logits, labels):
     return (logits.argmax(-1) == labels).to(logits.dtype)
 
 def standard_error(values, clusters):
-    """Of the mean of values (n,), where those of one cluster (n,) go together, as answers to one word do.
+    """Standard error of the mean of values (n,) that depend on each other within a cluster (n,), as a word.
 
     The squares of the sums of residuals of G clusters add up (Liang and Zeger 1986), times G / (G - 1).
     """

@@ -6,8 +6,8 @@
     python sweep.py studies/mix.py --report=True           # the table of the runs that are there
 
 A study is a Python file with `base` (words for train.py), `arms` (name -> more words), `seeds`, and perhaps
-`evaluate` (commands to run after training, with {run} for the folder). Runs go to out/<study>/<arm>/seed<k>.
-The same command goes on: what is finished is kept, what is not is resumed.
+`evaluate` (commands to run after training, at each call, with {run} for the folder). Runs go to
+out/<study>/<arm>/seed<k>. The same command goes on: what is finished is kept, what is not is resumed.
 
 Runs of one seed see the same rows at the same step, so that arms are compared with the baseline seed by seed.
 Intervals are of 95%, by Student's t over seeds; p is of the paired t test, and by Holm over the whole table.
@@ -15,6 +15,7 @@ Intervals are of 95%, by Student's t over seeds; p is of the paired t test, and 
 import itertools
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -23,6 +24,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 
 from plumbing.files import ROOT, fail, on_signals, read_json, write_atomic
@@ -40,7 +42,7 @@ from spectra import reached
 
 @dataclass
 class Config:
-    seeds: str = ""  # how many, or which, with commas; empty takes the study's, or 0
+    seeds: str = ""  # 3 is 0, 1, 2; 5,7 are those two; empty takes the study's, or seed 0
     jobs: Count = 1  # runs side by side, each with its share of the cores, or a GPU
     baseline: str = ""  # the arm that others are compared with; empty takes the first
     report: bool = False  # only write the table
@@ -62,17 +64,19 @@ class Runs:
 
     def __init__(self, config, folder, base, arms, seeds, evaluate=()):
         self.config, self.folder, self.evaluate = config, folder, evaluate
-        self.lock, self.working, self.stopped = Lock(), [], False
+        self.lock, self.working, self.stopped, self.gpus = Lock(), [], False, SimpleQueue()
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        for i in range(config.jobs):  # each worker has one
+            self.gpus.put(gpus.split(",")[i % len(gpus.split(","))])
         self.commands = {}  # run folder -> words of train.py
         for seed, arm in itertools.product(seeds, arms):  # first all arms of a seed
-            run = folder / arm.replace("/", "_") / f"seed{seed}"
+            run = folder / arm / f"seed{seed}"
             self.commands[run] = shlex.split(f"{base} {arms[arm]} --seed={seed}") + [f"--out_dir={run}"]
 
-    def begin(self, words, number):
+    def begin(self, words, gpu):
         """Start a command with its share of the machine, away from the Ctrl-C that this process gets."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.config.jobs))}
-        if torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.config.jobs)),
+                                    "CUDA_VISIBLE_DEVICES": gpu}
         with self.lock:
             if not self.stopped:
                 self.working.append(subprocess.Popen(
@@ -80,25 +84,27 @@ class Runs:
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
                 return self.working[-1]
 
-    def run(self, number, run, bar):
+    def run(self, run, bar):
         """Train and evaluate one run; what it says goes to output.txt beside its log."""
         if self.stopped:
             return False
+        gpu = self.gpus.get()
         words = ["train.py", *self.commands[run]] + ["--resume=True"] * (run / "config.json").exists()
         run.mkdir(parents=True, exist_ok=True)
         after = [shlex.split(command.format(run=shlex.quote(str(run)))) for command in self.evaluate]
         with open(run / "output.txt", "a", buffering=1) as output:
             for command in [words] * (not finished(run)) + after:
                 output.write(f"$ {shlex.join(command)}\n")
-                process, line = self.begin(command, number), ""
+                process, line = self.begin(command, gpu), ""
                 for line in process.stdout if process else []:
                     output.write(line)
                     bar.update(line.startswith("step "))
                 if process and process.wait() and not self.stopped:
                     bar.write(f"failed: {shlex.join(command)}: {line.strip()} (see {run}/output.txt)")
                 if not process or process.returncode:
-                    return False
-        return True
+                    break
+        self.gpus.put(gpu)
+        return bool(process) and not process.returncode
 
     def run_all(self):
         """All of them, some side by side; returns whether all went well."""
@@ -107,7 +113,7 @@ class Runs:
         on_signals(self.stop)
         with (tqdm(total=sum(steps.values()), initial=sum(done.values()), unit=" steps", smoothing=0) as bar,
               ThreadPoolExecutor(self.config.jobs) as pool):
-            return all([*pool.map(lambda one: self.run(*one, bar), enumerate(self.commands))])
+            return all([*pool.map(lambda run: self.run(run, bar), self.commands)])
 
     def stop(self, number, frame):
         """Ctrl-C: each run saves and leaves, and none is begun any more."""
@@ -123,9 +129,11 @@ def steps_of(words):
     return load(Train, "", argv=words)[0].max_steps
 
 def finished(run):
-    """Whether a run has come to its end."""
-    evals = [line["step"] for line in read_log(run) if line["kind"] == "eval"]
-    return bool(evals) and evals[-1] == read_json(run / "config.json")["max_steps"]
+    """Whether a run has come to its end, or to that which on_collapse=stop set it."""
+    log = read_log(run)
+    last = max((line["step"] for line in log if line["kind"] == "eval"), default=0)
+    stopped = any(line["kind"] == "collapse" and line["action"] == "stop" for line in log)
+    return last > 0 and (stopped or last == read_json(run / "config.json")["max_steps"])
 
 # --------------------------------------------------------------------------------------------------
 # Reporting
@@ -159,9 +167,9 @@ def table(frame, baseline):
     """A row for each arm and metric: mean, interval, paired difference from the baseline, interval, p."""
     rows, base = [], frame[frame["arm"] == baseline].set_index("seed")
     for (arm, of_arm), metric in itertools.product(frame.groupby("arm", sort=False), METRICS):
-        if metric not in of_arm or of_arm[metric].isna().all():
+        if metric not in of_arm or of_arm[metric].isna().any():  # not all came to the baseline's loss
             continue
-        of_arm = of_arm.set_index("seed")[metric].dropna()
+        of_arm = of_arm.set_index("seed")[metric]
         row = {"arm": arm, "metric": metric, "n": len(of_arm), "mean": of_arm.mean(),
                "interval": interval(of_arm)}
         paired = (of_arm - base[metric]).dropna()
@@ -180,10 +188,10 @@ def table(frame, baseline):
 def markdown(rows, baseline):
     """The table for people: an arm a line."""
     def cell(row):
-        text = f"{row['mean']:.4g} ± {row['interval']:.2g}"
-        if not np.isnan(row.get("difference", np.nan)):
+        text = f"{row['mean']:.4g}" + f" ± {row['interval']:.2g}" * (row["n"] > 1)
+        if pd.notna(row.get("difference")):
             text += f" ({row['difference']:+.3g} ± {row['difference_interval']:.2g}"
-            text += f", p {row['p_holm']:.3f})" if row["metric"] in TESTED else ")"
+            text += f", p {row['p_holm']:.3f})" if pd.notna(row.get("p_holm")) else ")"
         return text
     cells = rows.assign(text=[cell(row) for _, row in rows.iterrows()])
     wide = cells.pivot(index="arm", columns="metric", values="text").loc[rows["arm"].unique()]
@@ -200,6 +208,9 @@ def report(folder, commands, baseline):
     if frame.empty or baseline not in set(frame["arm"]):
         fail(f"no finished run of the baseline {baseline} in {folder}")
     made = {run: read_json(run / "config.json") for run in frame["run"]}
+    for run, one in made.items():
+        if [word for word in one["argv"] if word != "--resume=True"] != list(map(str, commands[run])):
+            print(f"note: {run} was made with other settings: {shlex.join(one['argv'])}")
     for what in ("git", "corpus_hash", "system", "versions"):
         if len(different := {json.dumps(one[what]) for one in made.values()}) > 1:
             print(f"note: the runs differ in {what}: {'; '.join(sorted(different))}")
@@ -219,30 +230,38 @@ def report(folder, commands, baseline):
     print(f"written {folder}/table.md, .csv, .json, runs.csv and figures")
 
 def main():
-    own = {field.name for field in fields(Config)}
+    own = {field.name for field in fields(Config)} | {"help"}
     grid = [word for word in sys.argv[1:] if word[:2] == "--" and word[2:].split("=")[0] not in own]
-    grid = [word for word in grid if word != "--help"]
     files = [word for word in sys.argv[1:] if word.endswith(".py")]
-    config, _ = load(Config, __doc__, argv=[w for w in sys.argv[1:] if w not in grid and w not in files])
+    words = [word for word in sys.argv[1:] if word not in grid and word not in files]
+    config, _ = load(Config, __doc__, argv=words, allow_words=False)
     if len(files) != 1 or not os.path.isfile(files[0]):
         fail("name one file: a study, studies/<name>.py, or a configuration (see --help)")
     study = runpy.run_path(files[0])
+    if wrong := [word for word in grid if "=" not in word or word.startswith(("--seed=", "--out_dir="))]:
+        fail(f"{wrong[0]}: settings to vary are written --key=value,value; for seeds --seeds=3")
     if "arms" not in study:
         axes = [[f"{word.split('=')[0]}={value}" for value in word.split("=")[1].split(",")] for word in grid]
         study = {"base": files[0], "arms": {" ".join(words).replace("--", "") or "all": shlex.join(words)
                                             for words in itertools.product(*axes)}}
     elif grid:
         fail(f"{grid[0]}: a study names its own settings, in {files[0]}")
+    arms = {arm.replace("/", "_"): words for arm, words in study["arms"].items()}
+    baseline = config.baseline or next(iter(arms))
+    if baseline not in arms:
+        fail(f"no arm {baseline}, but {', '.join(arms)}")
+    if not re.fullmatch(r"(\d+,?)*", config.seeds):
+        fail(f"seeds = {config.seeds}: 3 is seeds 0, 1 and 2; 5,7 are those two")
     seeds = [int(seed) for seed in config.seeds.split(",") if seed] or study.get("seeds", [0])
     seeds = range(seeds[0]) if config.seeds.isdigit() else seeds
     folder, evaluate = Path(config.out, Path(files[0]).stem), study.get("evaluate", [])
-    runs = Runs(config, folder, study["base"], study["arms"], seeds, evaluate)
+    runs = Runs(config, folder, study["base"], arms, seeds, evaluate)
     commands = runs.commands.values()
     if config.list:
         return print(*(shlex.join(["python", "train.py", *words]) for words in commands), sep="\n")
     well = config.report or runs.run_all()
     if not runs.stopped:
-        report(folder, runs.commands, config.baseline or next(iter(study["arms"])))
+        report(folder, runs.commands, baseline)
     sys.exit(not well)
 
 if __name__ == "__main__":

@@ -136,9 +136,9 @@ def meta_step(step):
     return total
 
 def inline_loss(step, starts, features, first):
-    """The meta loss of tasks inside the rows of a language-model step, and numbers. Nothing is read anew.
+    """The meta loss of tasks inside the rows of a language-model step, and numbers to log.
 
-    features (B, T, C): those of this process's rows, from place `first` of the step's on.
+    features (B, T, C): of this process's rows, which begin at place `first` of the step's.
     """
     rows = np.stack([corpus.train[i : i + config.block_size + 1] for i in starts])
     found, places, words = smlmt.inline(vocabulary, rows, rng(EPISODES, step), config.episodes_per_step,
@@ -149,7 +149,7 @@ def inline_loss(step, starts, features, first):
     features, places = features.flatten(0, 1), to_device(places) - first
     mine = (places >= 0) & (places < len(features))
     own = features[places.clamp(0, len(features) - 1)] * mine[..., None]  # (E, N, K + Q, C)
-    read = run.all_reduce(own.detach().clone()) + own - own.detach()  # what others read is constant here
+    read = run.all_reduce(own.detach().clone()) + own - own.detach()  # others': no gradient here
     support, query = (part.flatten(1, 2) for part in read.split((config.k_shot, config.q_query), dim=2))
     label = np.arange(config.n_way)
     support_labels, query_labels = (np.stack([label.repeat(n)] * len(words))
@@ -158,18 +158,19 @@ def inline_loss(step, starts, features, first):
         support_labels = [rng(SHUFFLE, step, i).permutation(row) for i, row in enumerate(support_labels)]
     e = {"words": words, "support_labels": support_labels, "query_labels": query_labels}
     e = {name: to_device(of_all) for name, of_all in e.items()}
-    start = {name: p.detach() + (p - p.detach()) / run.world for name, p in head.items()}  # a share of each
+    # All processes have this same loss, so that each gives a part of the head's gradient.
+    start = {name: p.detach() + (p - p.detach()) / run.world for name, p in head.items()}
     loss, of_episodes = head_loss(start, e, support, query, columns=multi_task)
     return loss, numbers | of_episodes
 
 def head_loss(head, e, support, query, columns=False, steps=config.inner_steps):
-    """Mean query loss of E episodes after adaptation of the head, given features; numbers (E,)."""
+    """Mean query loss of E episodes after adaptation of the head, given features, and numbers to log."""
     start = maml.columns(head, e["words"]) if columns else head
     return maml.episode_loss(start, support, e["support_labels"], query, e["query_labels"],
                              lr=inner_step, steps=steps, first_order=not config.second_order)
 
 def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
-    """Mean query loss of E episodes after adaptation, and the numbers to log of each, (E,)."""
+    """Mean query loss of E episodes after adaptation, and numbers to log: episode_loss tells which."""
     names = [field.name for field in dataclasses.fields(smlmt.Episode) if field.name != "far_share"]
     e = {name: to_device(np.stack([getattr(one, name) for one in episodes])) for name in names}  # (E, ...)
     if config.target != "head":
@@ -214,7 +215,7 @@ def run_episodes_through(e, head, steps):
     return torch.stack(losses).mean(), {key: torch.stack([n[key] for n in numbers]) for key in numbers[0]}
 
 def train_step(step):
-    """The objective or both, as `mix` says. Leaves gradients in `params`; returns the numbers to log."""
+    """The objective or both, as `mix` says. Leaves gradients in `params`; returns this process's numbers."""
     allowed = {"vanilla": not run.collapse, "meta": bool(run.collapse)}.get(config.on_collapse, True)
     if not (allowed and config.meta_ratio):
         return lm_step(step)

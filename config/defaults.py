@@ -27,22 +27,22 @@ class Config:
     block_size: Count = 512  # tokens in a row
     # Optimization
     batch_size: Count = 64  # rows in a language-model step, over all processes
-    micro_batch_size: Whole = 0  # rows in memory at once in a process; 0: all, or what half a GPU's holds
-    max_steps: Count = 6000  # optimizer steps of either kind
+    micro_batch_size: Whole = 0  # rows at a time in a process; 0: all that fit in half a GPU's memory
+    max_steps: Count = 6000  # optimizer steps of any kind
     lr: Positive = 3e-4  # peak learning rate of AdamW, the outer loop
     warmup_steps: Whole = 2500  # steps from 0 to the peak
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     weight_decay: Share = 0.1  # on matrices only
     grad_clip: Positive = 1.0  # largest norm of the gradient
     # Episodes
-    mix: Literal["alternate", "joint", "inline"] = "alternate"  # lm or meta steps; both; tasks in the lm rows
+    mix: Literal["alternate", "joint", "inline"] = "alternate"  # a coin; both losses; both, on the same rows
     meta_ratio: Share = 0.0  # share of meta steps in alternate (paper: 0.5); 0 is the vanilla baseline
     meta_weight: float = 0.1  # of the meta loss in joint and inline
     n_way: Count = 16  # words to tell apart in an episode
     k_shot: Count = 4  # support windows of each word
     q_query: Count = 4  # query windows of each word
-    episodes_per_step: Count = 1  # episodes in a meta step, over all processes
-    micro_episodes: Whole = 0  # episodes in memory at once in a process; 0 likewise
+    episodes_per_step: Count = 1  # episodes in a step that has any, over all processes
+    micro_episodes: Whole = 0  # episodes at a time in a process; 0: as above
     episode_len: Count = 64  # longest window in tokens; independent of block_size
     readout: Literal["before", "mask", "last"] = "before"  # the token whose features are read
     word_min_count: Count = 20  # least occurrences of a word in the pool
@@ -85,6 +85,7 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.meta_ratio or c.readout != "mask",
      "readout=mask needs a meta_ratio above 0, since only meta steps show <|mask|> to the model"),
     (lambda c: c.meta_weight >= 0, "meta_weight must not be negative"),
+    (lambda c: c.mix == "alternate" or c.meta_ratio, "mix=joint and mix=inline need a meta_ratio above 0"),
     (lambda c: c.mix != "inline" or (c.target, c.readout, c.micro_batch_size) == ("head", "before", 0),
      "mix=inline reads a step's own rows: it needs target=head, readout=before and micro_batch_size=0"),
     (lambda c: c.meta_ratio or c.on_collapse in ("off", "stop"),

@@ -32,4 +32,3 @@ else:
     _can = torch.cpu.get_capabilities()
     if not (_can.get("avx512_bf16") or _can.get("amx_bf16") or _can.get("bf16")):
         max_steps = 450  # without bfloat16 a step takes four times as long; --max_steps=1200 takes all
-    eval_interval, ckpt_interval, eval_steps = 250, 500, 16

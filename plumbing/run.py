@@ -43,7 +43,8 @@ class Run:
         self.world = int(launch.get("WORLD_SIZE") or 1)
         self.signal, self.stopping, self.clock = None, False, None
         on_signals(self.stop)
-        if self.world > min(config.batch_size, config.episodes_per_step if config.meta_ratio else self.world):
+        shared = config.episodes_per_step if config.meta_ratio and config.mix != "inline" else self.world
+        if self.world > min(config.batch_size, shared):
             fail(f"{self.world} processes cannot share a smaller batch_size or episodes_per_step")
         self.device = choose_device(config.device, local_rank)
         self.dtype = choose_dtype(config.dtype, self.device)
@@ -215,12 +216,11 @@ class Run:
             kept = 40 * shape.d_model * shape.n_layers + 4 * shape.vocab_size
             tokens = torch.cuda.mem_get_info()[0] / 2 / (kept if self.compile else 3 * kept)
         windows = c.q_query + c.k_shot * (c.second_order or c.target != "head")  # of a word, with gradients
-        sizes = {"lm": (c.micro_batch_size, c.batch_size, c.block_size),
+        rows = c.batch_size if c.mix == "inline" else c.micro_batch_size  # inline tasks need them all at once
+        sizes = {"lm": (rows, c.batch_size, c.block_size),
                  "meta": (c.micro_episodes, c.episodes_per_step, c.n_way * windows * c.episode_len)}
         self.micro = {kind: setting or min(most, 2 ** int(math.log2(max(1, tokens / length))))
                       for kind, (setting, most, length) in sizes.items()}
-        if c.mix == "inline":  # its tasks need all rows of a step at once
-            self.micro["lm"] = c.batch_size
 
     def micro_batches(self, n, kind):
         """This process's share of n rows ("lm") or episodes ("meta"), as slices that memory has room for."""

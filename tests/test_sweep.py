@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY, log_of, run_many, run_script
+from conftest import ROOT, TINY, log_of, run_many
 from scipy import stats
 
 import sweep
@@ -17,15 +17,19 @@ import sweep
 def test_commands(tmp_path):
     study = tmp_path / "study.py"
     study.write_text('base = "a.py --x=1"\narms = {"one": "--y=2", "two, three": "--z=3"}\nseeds = [4, 5]')
-    listed = [run_script("sweep.py", *words, "--list=True", "--out=o").stdout.splitlines() for words in (
-        [study], ["config/train_11m.py", "--seeds=2", "--inner_lr=0.2,0.6", "--n_way=4,8"])]
+    words = [[study], ["config/train_11m.py", "--seeds=2", "--inner_lr=0.2,0.6", "--n_way=4,8"]]
+    listed = [done.stdout.splitlines() for done in run_many(
+        "sweep.py", [[*of_study, "--list=True", "--out=o"] for of_study in words])]
     assert listed[0] == [
         "python train.py a.py --x=1 --y=2 --seed=4 --out_dir=o/study/one/seed4",
         "python train.py a.py --x=1 --z=3 --seed=4 '--out_dir=o/study/two, three/seed4'",
         "python train.py a.py --x=1 --y=2 --seed=5 --out_dir=o/study/one/seed5",
         "python train.py a.py --x=1 --z=3 --seed=5 '--out_dir=o/study/two, three/seed5'"]
     assert len(listed[1]) == 8 and "--inner_lr=0.6 --n_way=4 --seed=1" in listed[1][6]
-    assert "name one file" in run_script("sweep.py", "--jobs=2", expect=2).stderr
+    mistakes = {"name one file": ["--jobs=2"], "no arm three": [study, "--baseline=three"],
+                "--key=value,value": [study, "--seed=3"], "5,7": [study, "--seeds=x"], "cannot read": [study, "0"]}
+    for (says, _), done in zip(mistakes.items(), run_many("sweep.py", mistakes.values()), strict=True):
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 def test_table_is_that_of_textbook_formulas():
     rng = np.random.default_rng(0)
@@ -51,7 +55,7 @@ def test_table_is_that_of_textbook_formulas():
             differences = losses - base[: len(losses)]
             extreme = np.abs(flips.T @ differences) >= abs(differences.sum()) - 1e-9
             assert row["p_sign_flip"] == pytest.approx(extreme.mean())
-    p = rows["p"].drop("base")  # of three, the least counts thrice, the next twice, and none less than before
+    p = rows["p"].drop("base")  # Holm: times 3, 2, 1 from the least on, never falling
     first, second, third = p.sort_values().index
     holm = {first: 3 * p[first], second: max(3 * p[first], 2 * p[second])}
     holm[third] = max(holm[second], p[third])
