@@ -27,7 +27,8 @@ def test_commands(tmp_path):
         "python train.py a.py --x=1 --z=3 --seed=5 '--out_dir=o/study/two, three/seed5'"]
     assert len(listed[1]) == 8 and "--inner_lr=0.6 --n_way=4 --seed=1" in listed[1][6]
     mistakes = {"name one file": ["--jobs=2"], "no arm three": [study, "--baseline=three"],
-                "--key=value,value": [study, "--seed=3"], "5,7": [study, "--seeds=x"], "cannot read": [study, "0"]}
+                "--key=value,value": [study, "--seed=3"], "5,7": [study, "--seeds=x"],
+                "cannot read": [study, "0"]}
     for (says, _), done in zip(mistakes.items(), run_many("sweep.py", mistakes.values()), strict=True):
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
