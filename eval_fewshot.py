@@ -103,14 +103,14 @@ def bigram_vectors(corpus):
         pmi = np.log(p / (p.sum(1, keepdims=True) * p.sum(0, keepdims=True)))
     return normalize(np.maximum(np.nan_to_num(pmi, nan=0, neginf=0), 0))
 
-def bigram_accuracy(vectors, episode, mask):
-    """Accuracy of the class with the nearest mean vector of the token before the mask."""
+def bigram_answers(vectors, episode, mask):
+    """Which answers (N*Q,) of the nearest mean vector, of the token before the mask, are right."""
     support, query = (vectors[rows[np.arange(len(rows)), (rows == mask).argmax(1) - 1]]
                       for rows in (episode.support, episode.query))  # (N*K, V), (N*Q, V)
     means = [support[episode.support_labels == c].mean(0) for c in range(len(episode.words))]
     score = query @ normalize(np.stack(means)).T  # (N*Q, N)
     best = score >= score.max(1, keepdims=True) - 1e-6  # a tie shares the point
-    return (best[np.arange(len(best)), episode.query_labels] / best.sum(1)).mean()
+    return best[np.arange(len(best)), episode.query_labels] / best.sum(1)
 
 # --------------------------------------------------------------------------------------------------
 # Tasks and evaluation
@@ -124,7 +124,8 @@ class Task:
     labels: np.ndarray  # (Q,) classes 0..N-1 of the query, the same in all draws
     examples: list  # sentences, read at their ends; or pairs of a window (L,) of ids and where it is read
     draws: dict  # K -> E pairs of numbers of examples: support (N*K,), query (Q,)
-    table: dict  # K -> {row of the table: accuracies (E,)}; begins with the baselines
+    table: dict  # K -> {row of the table: which answers are right (E, Q)}; begins with the baselines
+    clusters: dict  # K -> (E, Q) numbers; answers of one number, to a word or in a draw, are not independent
     curves: dict = field(default_factory=dict)  # K -> {model: mean accuracy before and after each inner step}
 
 def word_tasks(config, trained, corpus):
@@ -133,7 +134,7 @@ def word_tasks(config, trained, corpus):
     options = {name: trained[name] for name in names}
     vectors = bigram_vectors(corpus) if corpus.vocab_size <= 8192 else None
     N, Q, E = trained["n_way"], trained["q_query"], config.n_episodes
-    tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [], {}, {})
+    tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [], {}, {}, {})
              for name in ("held-out words", "seen words")]
     for k in config.shots:
         pools = smlmt.Pools(corpus.val, corpus.token_bytes, k_shot=k, pool_seed=0, seed=config.seed,
@@ -143,10 +144,11 @@ def word_tasks(config, trained, corpus):
                 print(f"left out: no episodes of {task.name} with K = {k}: {problem}")
                 continue
             episodes = [pools.sampler(0).episode(e, heldout) for e in range(E)]
-            task.table[k], task.draws[k] = {"majority class": np.full(E, 1 / N)}, []
+            task.table[k], task.draws[k] = {"majority class": np.full((E, N * Q), 1 / N)}, []
+            task.clusters[k] = np.stack([episode.words.repeat(Q) for episode in episodes])
             if vectors is not None:
-                shares = [bigram_accuracy(vectors, episode, corpus.mask) for episode in episodes]
-                task.table[k]["bigram prototypes"] = np.array(shares)
+                shares = [bigram_answers(vectors, episode, corpus.mask) for episode in episodes]
+                task.table[k]["bigram prototypes"] = np.stack(shares)
             for episode in episodes:
                 numbers = len(task.examples) + np.arange(N * (k + Q))
                 task.draws[k].append((numbers[: N * k], numbers[N * k :]))
@@ -190,9 +192,11 @@ def sentence_task(config, name, train, test):
             support = np.concatenate([rng.choice(rows, k, replace=False) for rows in of_class])
             draws[k].append((support, len(train) + np.arange(len(test))))
     labels = np.searchsorted(classes, test_names)
-    majority = np.full(config.n_episodes, (labels == counts.argmax()).mean())
+    majority = np.tile(labels == counts.argmax(), (config.n_episodes, 1)).astype(float)
+    clusters = np.arange(config.n_episodes)[:, None] + 0 * labels
     return Task(name, f"{len(classes)} classes, {len(test):,} test sentences", len(classes), labels,
-                [text for text, _ in train + test], draws, {k: {"majority class": majority} for k in draws})
+                [text for text, _ in train + test], draws, {k: {"majority class": majority} for k in draws},
+                dict.fromkeys(draws, clusters))
 
 def evaluate(task, name, loaded):
     """Add the accuracies of a model's classifiers to the table of a task."""
@@ -213,21 +217,24 @@ def evaluate(task, name, loaded):
         fail(f"inner_lr = {trained['inner_lr']:g} in {loaded.path}/state.json: divide it by the run's n_way")
     inner = head, trained["inner_lr"] * task.n_way, trained["inner_steps"] or 10
     for (k, draws), (classifier, answer) in product(task.draws.items(), CLASSIFIERS.items()):
-        y, accuracies = torch.arange(task.n_way, device=x.device).repeat_interleave(k), []
+        y, right = torch.arange(task.n_way, device=x.device).repeat_interleave(k), []
         for draw in draws:
             support, query = (x[np.searchsorted(drawn, of_part)] for of_part in draw)
-            accuracies.append((answer(support, y, query, *inner).cpu() == labels).double().mean(-1))
-        accuracies = torch.stack(accuracies).numpy()  # (E,), or of `adapted` (E, steps + 1)
-        if accuracies.ndim == 2:
-            task.curves.setdefault(k, {})[name] = accuracies.mean(0).tolist()
-            accuracies = accuracies[:, -1]
-        task.table[k][f"{name}, {classifier}"] = accuracies
+            right.append((answer(support, y, query, *inner).cpu() == labels).double())
+        right = torch.stack(right).numpy()  # (E, Q), or of `adapted` (E, steps + 1, Q)
+        if right.ndim == 3:
+            task.curves.setdefault(k, {})[name] = right.mean((0, 2)).tolist()
+            right = right[:, -1]
+        task.table[k][f"{name}, {classifier}"] = right
 
-def summary(rows, first, others):
+def summary(rows, clusters, first, others):
     """Mean and interval of each row of a table; also of the differences of each model to the first."""
+    def error(x):
+        return maml.standard_error(torch.from_numpy(x).flatten(), torch.from_numpy(clusters).flatten()).item()
+
     for name, key in [(name, key) for name in others for key in CLASSIFIERS]:
         rows[f"{name} minus first, {key}"] = rows[f"{name}, {key}"] - rows[f"{first}, {key}"]
-    return {row: {"mean": x.mean(), "ci95": 1.96 * x.std(ddof=1) / len(x) ** 0.5} for row, x in rows.items()}
+    return {row: {"mean": x.mean(), "ci95": 1.96 * error(x)} for row, x in rows.items()}
 
 def main():
     config, words = settings.load(Config, __doc__, RULES)
@@ -254,7 +261,7 @@ def main():
     results = {"settings": asdict(config), "tasks": {}}
     _, first, *others = systems
     for task in tasks:
-        shots = {k: summary(rows, first, others) for k, rows in task.table.items()}
+        shots = {k: summary(rows, task.clusters[k], first, others) for k, rows in task.table.items()}
         results["tasks"][task.name] = {"about": task.about, "n_way": task.n_way, "shots": shots,
                                        "after_each_inner_step": task.curves}
         table = pd.DataFrame(shots).map("{0[mean]:.4f} ± {0[ci95]:.4f}".format)

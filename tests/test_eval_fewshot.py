@@ -131,21 +131,27 @@ def regression(x, y, z, n_way):
     return (z @ w.T + b.T).argmax(1)
 
 def accuracies(head, x, y, z, labels):
-    """Of adapt, logistic and prototype on one draw: support (M, d), its labels, query (Q, d), its labels."""
+    """Which answers (3, Q) of adapt, logistic and prototype are right: support (M, d), its labels, query."""
     n_way, root = len(head[-1]), x.shape[1] ** 0.5
     means = torch.stack([x[y == c].mean(0) for c in range(n_way)])
     nearest = (z[:, None] - means).square().sum(-1).argmin(1)
     answers = [gradient_descent(head, x / root, y, z / root), regression(x, y, z, n_way), nearest]
-    return [(chosen.numpy() == labels).mean() for chosen in answers]
+    return [(chosen.numpy() == labels).astype(float) for chosen in answers]
 
-def check(cell, accuracies, tolerance=0.015):  # a few answers turn on a rounding error
-    expected = np.mean(accuracies), 1.96 * np.std(accuracies, ddof=1) / len(accuracies) ** 0.5
-    assert (cell["mean"], cell["ci95"]) == pytest.approx(expected, abs=tolerance)
+def check(cell, right, words, tolerance=0.015):  # a few answers turn on a rounding error
+    """Mean and interval of right (E, Q); answers to one of words (E, Q), or in one draw, go together."""
+    words = [[e] * len(row) for e, row in enumerate(right)] if words is None else words
+    sums = pd.Series((right - np.mean(right)).ravel()).groupby(np.ravel(words)).sum()
+    half = 1.96 * (len(sums) / (len(sums) - 1) * (sums**2).sum()) ** 0.5 / np.size(right)
+    assert (cell["mean"], cell["ci95"]) == pytest.approx((np.mean(right), half), abs=tolerance)
 
-def check_rows(rows, prefix, draws):
-    """Rows of a table against the accuracies (E, 3) of the classifiers in E draws."""
-    for classifier, accuracies in zip(("adapt", "logistic", "prototype"), np.transpose(draws), strict=True):
-        check(rows[f"{prefix}, {classifier}"], accuracies)
+def check_rows(rows, prefix, draws, words=None):
+    """Rows of a table against the answers (E, 3, Q) of the classifiers in E draws."""
+    for i, classifier in enumerate(("adapt", "logistic", "prototype")):
+        check(rows[f"{prefix}, {classifier}"], np.array(draws)[:, i], words)
+
+def words_of(episodes):
+    return [episode.words[episode.query_labels] for episode in episodes]
 
 def episodes(corpus, k, task):
     sampler = smlmt.Sampler(np.array(corpus.val), corpus.token_bytes, eot=corpus.eot, mask=corpus.mask,
@@ -165,8 +171,9 @@ def test_bigram_prototypes(data_dir, results, k):
                               for rows in (episode.support, episode.query))
             scores = query @ normalize(support.reshape(N, k, -1).mean(1)).T  # (N*Q, N)
             best = scores > scores.max(1, keepdims=True) - 1e-6
-            shares.append((best[range(N * Q), episode.query_labels] / best.sum(1)).mean())
-        check(of_task["shots"][str(k)]["bigram prototypes"], shares, 1e-6)
+            shares.append(best[range(N * Q), episode.query_labels] / best.sum(1))
+        words = words_of(episodes(corpus, k, task))
+        check(of_task["shots"][str(k)]["bigram prototypes"], np.array(shares), words, 1e-6)
 
 @pytest.mark.parametrize("prefix", ["random weights", "{here}/words/maml, step 10"])
 def test_words(here, data_dir, results, prefix):
@@ -186,7 +193,7 @@ def test_words(here, data_dir, results, prefix):
             answers = [gradient_descent(head, x / 4, y, z / 4, steps) for steps in range(4)]
             curves.append([(answer == labels).double().mean() for answer in answers])
         prefix, cells = prefix.format(here=here), of_task["shots"][str(K)]
-        check_rows(cells, prefix, draws)
+        check_rows(cells, prefix, draws, words_of(episodes(corpus, K, task)))
         curve = of_task["after_each_inner_step"][str(K)][prefix]
         assert curve == pytest.approx(np.mean(curves, 0), abs=0.015) and curve[0] == pytest.approx(1 / N)
         assert curve[-1] == pytest.approx(cells[f"{prefix}, adapt"]["mean"])
@@ -222,7 +229,7 @@ def test_sentences(here, results, task):
     check_rows(rows, f"{here}/sentences/deep, step 10 minus first", deep - maml)  # paired: the same draws
     train, test = ([label for _, label in part] for part in TASKS[task])
     share = test.count(Counter(train).most_common(1)[0][0]) / len(test)
-    assert rows["majority class"] == {"mean": pytest.approx(share), "ci95": 0}
+    assert rows["majority class"] == {"mean": pytest.approx(share), "ci95": pytest.approx(0, abs=1e-9)}
 
 def test_words_as_training_evaluates_them(here, results):
     """Seed 0 and 64 episodes are those of the evaluation at the end of training."""

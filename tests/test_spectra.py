@@ -246,7 +246,8 @@ def test_twenty_arms_and_sources_are_told_apart_and_named_as_they_are(tmp_path):
         assert set(names) < set(texts) and len(styles) >= 20
     rows = {name: {"mean": 0.5, "ci95": 0.1} for name in [f"{name}, step 1, adapt" for name in names]}
     systems = [f"{name}, step 1" for name in names]
-    drawn = figures.few_shot({"tasks": {"q": {"shots": {1: rows}}}}, systems), figures.lm_bars({
+    task = {"shots": {1: rows}, "after_each_inner_step": {1: dict.fromkeys(systems, [0.1, 0.5])}}
+    drawn = figures.few_shot({"tasks": {"q": task}}, systems), figures.lm_bars({
         name: {"steps": {"1": {"all": {"bits_per_byte": 1}}}} for name in names})
     for figure in drawn:
         assert [text.get_text().split(",")[0].strip() for text in figure.legends[0].texts] == names
