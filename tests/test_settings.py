@@ -1,5 +1,6 @@
 """plumbing/settings.py: what a setting may be, who has the last word, and the line that a mistake gets."""
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,7 @@ from conftest import ROOT, run_many
 
 from config import defaults
 from plumbing import settings
+from plumbing.files import write_atomic
 from plumbing.settings import Count, Positive, Share, Whole
 
 @dataclass
@@ -161,3 +163,18 @@ def test_config_files_set_what_there_is():
     for path in sorted((ROOT / "config").glob("train_*.py")):
         config, _ = settings.load(defaults.Config, "", defaults.RULES, [str(path)])
         assert config.n_layers == 12 and path.stem.removeprefix("train_") in config.out_dir
+
+@pytest.mark.parametrize("words", [["--mix=joint"], ["--mix=inline", "--meta_ratio=1", "--readout=last"],
+                                   ["--mix=inline", "--meta_ratio=1", "--micro_batch_size=2"]])
+def test_a_mix_that_could_not_be_is_told(words, capsys):
+    with pytest.raises(SystemExit):
+        settings.load(defaults.Config, "", defaults.RULES, words)
+    assert capsys.readouterr().err.startswith("error: mix = ")
+    settings.load(defaults.Config, "", defaults.RULES, [*words[:1], "--meta_ratio=1"])
+
+def test_what_is_no_file_is_not_renamed_over(tmp_path):
+    """As root a figure "written" to /dev/null would replace it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit):
+        write_atomic(tmp_path / "pipe", "text")
+    assert not os.path.isfile(tmp_path / "pipe")
