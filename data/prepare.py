@@ -11,9 +11,8 @@
 one. --source=[NAME=]hf:DATASET[,config][,split][,column] streams a dataset of the Hugging Face hub. Sources
 follow one another. With --weights the next document comes from the source furthest behind its share of the
 training tokens; none is repeated. The hash of a text (in docstrings, of its name) sends it to train or val.
-Only tokens reach the disk. After Ctrl-C or kill -9 the same command continues, to the same bytes: it reads
-the text (a dataset of the hub: downloads it) from the start, but encodes only what came after the last save,
-one every 30 seconds.
+After Ctrl-C or kill -9 the same command continues, to the same bytes: it reads (or downloads) the text from
+the start, but encodes only what came after the last save, one every 30 seconds.
 """
 import hashlib
 import json
@@ -26,8 +25,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import distributions
-from itertools import accumulate, chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plumbing, from any working directory
 
@@ -43,6 +43,8 @@ from plumbing.files import ROOT, fail, lock, read_json, reading, sha256_of, writ
 from plumbing.settings import Count, Share, Whole
 from plumbing.tokenizer import EOT, HUB_FILES, LONG_SPACE, MASK, HubTokenizer, Tokenizer, load_tokenizer
 
+Vocabulary = Annotated[int, lambda n: 258 <= n <= 65_536, "258 (bytes, special tokens) to 65536 (uint16)"]
+
 @dataclass
 class Config:
     source: list[str] = field(default_factory=list)  # [NAME=]PATHS or [NAME=]hf:DATASET; may be given again
@@ -51,7 +53,7 @@ class Config:
     column: str = "text"  # that holds the text
     paragraphs: bool = False  # cut texts at blank lines into documents, as for one input.txt
     packages: str = "stdlib,torch,numpy,sympy,pandas,networkx,matplotlib"  # that docstrings is made of
-    vocab_size: Count = 4096  # ids of the vocabulary that is trained on the corpus
+    vocab_size: Vocabulary = 4096  # ids of the vocabulary that is trained on the corpus
     tokenizer: str = ""  # instead of that: folder of a corpus, run or model; or gpt2, a download
     val_fraction: Share = 0.05  # share of the documents for validation
     val_tokens: Count = 10_000_000  # of a source, at most; further documents of that share are left out
@@ -60,20 +62,20 @@ class Config:
 
 def weights(config):
     """The weight of each source, or None."""
-    return list(map(float, config.weights.split(","))) if config.weights else [None] * len(config.source)
+    numbers = [float(number) for number in re.findall(r"\d*\.?\d+", config.weights)]
+    return numbers if config.weights else [None] * len(config.source)
 
 RULES = [  # (what must hold, the sentence that says so); an error shows the settings that the sentence names
-    (lambda c: not c.weights or (re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", c.weights) and min(weights(c)) > 0
-     and len(weights(c)) == len(c.source)), "weights must be numbers above 0, one for each source, as 8,1,1"),
+    (lambda c: len(weights(c)) == len(c.source) and 0 not in weights(c),
+     "weights must be numbers above 0, one for each source, as 8,1,1"),
     (lambda c: not c.max_tokens or len(c.source) < 2 or c.weights,
      "max_tokens of several sources needs weights, or the first source would take all"),
-    (lambda c: 258 <= c.vocab_size <= 65_536,
-     "vocab_size must lie between 258 (bytes and special tokens) and 65536 (what uint16 holds)"),
 ]
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's cuts of a text
 SPLITS, COUNTS = ("train", "val"), ("documents", "tokens", "bytes")
 SAMPLE = 64_000_000  # characters that a vocabulary is trained on, at most
-BATCH = 4_000_000  # characters that are encoded at a time, unless one document has more
+BATCH = 32  # documents that are encoded at a time
+ONE_DOCUMENT = "a .txt file is one document, --paragraphs=True cuts it at blank lines"
 SAVE = 30  # seconds from one saved state to the next
 
 # --------------------------------------------------------------------------------------------------
@@ -100,17 +102,9 @@ class Source:
         """Yield (key, text, ids) of the documents that are not done yet."""
         done = self.done["train"]["documents"] + self.done["val"]["documents"] + self.done["left_out"]
         documents = islice(chain.from_iterable(part() for part in self.parts), done, None)
-        while batch := take(documents):
+        while batch := list(islice(documents, BATCH)):
             keys, texts = zip(*batch, strict=True)
             yield from zip(keys, texts, tokenizer.encode_ordinary_batch(texts, workers), strict=True)
-
-def take(documents):
-    """The next documents of an iterator: BATCH characters, or a little more."""
-    batch, size = [], 0
-    while size < BATCH and (document := next(documents, None)):
-        batch.append(document)
-        size += len(document[1])
-    return batch
 
 def make_source(item, weight, config):
     """The Source that an item of --source means. A path may hold = and commas itself."""
@@ -126,10 +120,6 @@ def make_source(item, weight, config):
         parts = [partial(documents_of, file, config, "", file_rows) for file in files]
     return Source(name or ",".join(Path(path).name for path in paths), parts, weight)
 
-def too_few(split):
-    fail(f"no document fell to {split}: give more (a .txt file is one document; --paragraphs=True cuts it at "
-         "blank lines), or another --val_fraction")
-
 def total(sources, split, count):
     return sum(source.done[split][count] for source in sources)
 
@@ -138,10 +128,7 @@ def belongs_to_val(key, val_fraction):
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < val_fraction * 2**64
 
 def interleave(sources, config, tokenizer):
-    """Yield (source, key, text, ids), until the sources have run out or max_tokens are there.
-
-    The source is the one furthest behind its share. Without weights all are at 0: it is the first of them.
-    """
+    """Yield (source, key, text, ids): of the source furthest behind its share; without weights, the first."""
     live = {source: source.encoded(tokenizer, config.workers) for source in sources}
     while live and (not config.max_tokens or total(sources, "train", "tokens") < config.max_tokens):
         source = min(live, key=lambda source: source.done["train"]["tokens"] / (source.weight or math.inf))
@@ -150,8 +137,8 @@ def interleave(sources, config, tokenizer):
         else:
             del live[source]
 
-def train_tokenizer(sources, vocab_size, val_fraction):
-    """Train byte-pair ranks on training documents from the head of each part; the last two ids are special.
+def train_tokenizer(sources, config):
+    """Byte-pair ranks of training documents from the head of each part; then two special ids.
 
     Sources with weights get their shares of the sample: what is too short for its share counts several times.
     """
@@ -163,21 +150,20 @@ def train_tokenizer(sources, vocab_size, val_fraction):
             for key, text in part():
                 if left <= 0:
                     break
-                if not belongs_to_val(key, val_fraction):
+                if not belongs_to_val(key, config.val_fraction):
                     samples[-1] += LONG_SPACE.split(text[:left])
                     left -= len(text)
-    if not any(samples):
-        too_few("train")
     needs = [share / max(sum(map(len, sample)), 1) for share, sample in zip(shares, samples, strict=True)]
     texts = []
     for source, sample, need in zip(sources, samples, needs, strict=True):
         texts += sample * (round(need / min(needs)) if source.weight else 1)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size - 2, pattern=PATTERN)
+    trainer.train_from_iterator(iter(texts), config.vocab_size - 2, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < vocab_size - 2:
-        fail(f"the documents are too short for --vocab_size={vocab_size}: {len(ranks) + 2} at most")
-    return Tokenizer(ranks, PATTERN, {EOT: vocab_size - 2, MASK: vocab_size - 1})
+    if len(ranks) < config.vocab_size - 2:
+        fail("the training documents are too short for "
+             f"--vocab_size={config.vocab_size}: {len(ranks) + 2} at most ({ONE_DOCUMENT})")
+    return Tokenizer(ranks, PATTERN, {EOT: len(ranks), MASK: len(ranks) + 1})
 
 def open_tokenizer(folder):
     """The tokenizer in a folder, of a run the newest step's; or gpt2 with one id more, for a mask."""
@@ -194,101 +180,93 @@ def open_tokenizer(folder):
 # --------------------------------------------------------------------------------------------------
 # Whole or not at all
 
-def describe(name, config, sources):
+def describe(name, config, sources, tokenizer):
     """The command and what else its bytes depend on, as plain values."""
-    packages = ["python", "numpy", "tiktoken", "tokenizers", "rustbpe", "datasets"]
-    packages += [] if config.source else config.packages.split(",")
-    installed = {package.name: package.version for package in distributions()}
-    installed["python"] = sys.version.split()[0]  # which is also stdlib's version
-    versions = {package: installed[package] for package in packages if package in installed}
+    packages = ["numpy", "tiktoken", "tokenizers", "rustbpe", "datasets", *config.packages.split(",")]
+    versions = {package.name: package.version for package in distributions() if package.name in packages}
+    versions["python"] = sys.version.split()[0]  # which is also stdlib's version
     paths = [part.args[0] for source in sources for part in source.parts if file_rows in part.args]
     files = [[path, os.path.getsize(path), os.path.getmtime(path)] for path in paths]
     own = {key: setting for key, setting in asdict(config).items() if key not in ("workers", "data_dir")}
-    return {"name": name, "versions": versions, "files": files, "settings": own}
-
-def begin(work, config, sources, tokenizer):
-    """Clear the folder, put a tokenizer there (None: train one) and a meta.json that describes it."""
-    (work / "state.json").unlink(missing_ok=True)  # first: without it nothing here is continued
-    for file in work.glob("[!.]*"):  # all but the lock
-        file.unlink()
-    for source in sources:
-        if not any(any(part()) for part in source.parts):
-            fail(f"there is no document with text in {source.name}")
-    tokenizer = tokenizer or train_tokenizer(sources, config.vocab_size, config.val_fraction)
-    meta = {"sha256": {name: hashlib.sha256(file).hexdigest() for name, file in tokenizer.files.items()}}
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files.items()}
+    asked = {"name": name, "versions": versions, "files": files, "settings": own, "sha256": sha256}
     if not isinstance(tokenizer, HubTokenizer):
-        meta |= {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens}
-    for name, file in {**tokenizer.files, "meta.json": json.dumps(meta)}.items():
-        write_atomic(work / name, file)
+        asked |= {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens}
+    return asked
 
 def write_tokens(work, sources, tokenizer, config, save):
     """Encode what is not done yet into train.bin and val.bin. Calls save() every SAVE seconds."""
     paths = [work / "train.bin", *(work / f"val.{i}.bin" for i in range(len(sources)))]
-    train, *val = files = [open(path, "ab") for path in paths]
+    files = train, *val = [open(path, "ab") for path in paths]
     train.truncate(2 * total(sources, "train", "tokens"))  # what came after the last save is made again
     for source, file in zip(sources, val, strict=True):
         file.truncate(2 * source.done["val"]["tokens"])
     saved = time.time()
-    with tqdm(None, "encoding", config.max_tokens or None, unit=" training tokens", unit_scale=True,
-              initial=total(sources, "train", "tokens"), disable=None) as bar:
-        for source, key, text, ids in interleave(sources, config, tokenizer):
-            split = "val" if belongs_to_val(key, config.val_fraction) else "train"
-            done, ids = source.done[split], [*ids, tokenizer.eot]
-            if split == "val" and done["tokens"] >= config.val_tokens:
-                source.done["left_out"] += 1  # of train.bin too: val.bin may hold a copy of it
-                continue
-            (train if split == "train" else val[sources.index(source)]).write(np.array(ids, "<u2").tobytes())
-            for count, more in zip(COUNTS, (1, len(ids), len(text.encode())), strict=True):
-                done[count] += more
-            bar.update(len(ids) if split == "train" else 0)
-            if time.time() >= saved + SAVE:
-                for file in files:
-                    file.flush()
-                    os.fsync(file.fileno())
-                save()
-                saved = time.time()
+    bar = tqdm(None, "encoding", config.max_tokens or None, unit=" training tokens", unit_scale=True,
+               initial=total(sources, "train", "tokens"), disable=None)
+    for source, key, text, ids in interleave(sources, config, tokenizer):
+        split = "val" if belongs_to_val(key, config.val_fraction) else "train"
+        done, ids = source.done[split], [*ids, tokenizer.eot]
+        if split == "val" and done["tokens"] >= config.val_tokens:
+            source.done["left_out"] += 1  # of train.bin too: val.bin may hold a copy of it
+            continue
+        (train if split == "train" else val[sources.index(source)]).write(np.array(ids, "<u2").tobytes())
+        for count, more in zip(COUNTS, (1, len(ids), len(text.encode())), strict=True):
+            done[count] += more
+        bar.update(len(ids) if split == "train" else 0)
+        if time.time() >= saved + SAVE:
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+            save()
+            saved = time.time()
+    bar.close()
     for file in files:
         file.close()
     (work / "val.bin").write_bytes(b"".join(path.read_bytes() for path in paths[1:]))
 
 def make_meta(work, sources, tokenizer, asked):
-    """The content of meta.json. The one that is in `work` describes the tokenizer."""
-    meta = read_json(work / "meta.json")
-    sha256 = {name: sha256_of(work / name) for name in ("train.bin", "val.bin", *meta["sha256"])}
-    ends = [0, *accumulate(source.done["val"]["tokens"] for source in sources)]
-    of_sources = [{"name": source.name, "weight": source.weight, **source.done, "val_range": list(val_range)}
-                  for source, val_range in zip(sources, pairwise(ends), strict=True)]
-    splits = {split: {count: total(sources, split, count) for count in COUNTS} for split in SPLITS}
-    return meta | {
-        "name": asked["name"], "splits": splits, "sources": of_sources, "settings": asked["settings"],
+    """The content of meta.json."""
+    of_sources, end = [], 0
+    for source in sources:
+        begin, end = end, end + source.done["val"]["tokens"]
+        of_sources.append({"name": source.name, "weight": source.weight, **source.done,
+                           "val_range": [begin, end]})
+    sha256 = {name: sha256_of(work / name) for name in ("train.bin", "val.bin")} | asked["sha256"]
+    return asked | {
+        "splits": {split: {count: total(sources, split, count) for count in COUNTS} for split in SPLITS},
+        "sources": of_sources, "sha256": sha256,
         "vocab_size": -(-tokenizer.n_vocab // 64) * 64,  # rounded up: matrix products like multiples of 64
-        "versions": asked["versions"], "sha256": sha256,
         "corpus_hash": hashlib.sha256("".join(sha256.values()).encode()).hexdigest()[:12]}
 
 def prepare(name, config, sources, tokenizer):
-    """Make the files in NAME/partial, and when all are there move them to NAME."""
-    folder, asked = Path(config.data_dir, name), describe(name, config, sources)
+    """Make train.bin and val.bin in NAME/partial, and when they are whole a corpus of them in NAME."""
+    folder = Path(config.data_dir, name)
     work, state_file = folder / "partial", folder / "partial" / "state.json"
     work.mkdir(parents=True, exist_ok=True)
     lock(work)
-    state = read_json(state_file) if state_file.exists() else {}
-    if state.get("asked") != asked:
-        begin(work, config, sources, tokenizer)
-        state = {"asked": asked, "done": [source.done for source in sources]}
-    for source, done in zip(sources, state["done"], strict=True):
-        source.done = done  # the counts in `state` grow with the source's
-    tokenizer = load_tokenizer(work)
-    write_tokens(work, sources, tokenizer, config, lambda: write_atomic(state_file, json.dumps(state)))
+    tokenizer = tokenizer or train_tokenizer(sources, config)
+    asked = describe(name, config, sources, tokenizer)
+    saved = read_json(state_file) if state_file.exists() else {}
+    if saved.get("asked") == asked:
+        for source, done in zip(sources, saved["done"], strict=True):
+            source.done = done
+
+    def save():
+        write_atomic(state_file, json.dumps({"asked": asked, "done": [source.done for source in sources]}))
+    save()  # before a token file changes: what an older state says of it holds no longer
+    write_tokens(work, sources, tokenizer, config, save)
     for split in SPLITS:
         if not total(sources, split, "documents"):
-            too_few(split)
+            fail(f"no document fell to {split}: give more ({ONE_DOCUMENT}), or another --val_fraction")
     meta = make_meta(work, sources, tokenizer, asked)
-    write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
-    state_file.unlink(missing_ok=True)  # from here on there is nothing to resume
-    for name in ("meta.json", "tokenizer.tiktoken", *HUB_FILES):  # now there is no corpus, old or new
+    state_file.unlink()  # from here on there is nothing to resume
+    for name in ("meta.json", "tokenizer.tiktoken", *HUB_FILES):  # and no corpus, old or new
         (folder / name).unlink(missing_ok=True)
-    for name in (*meta["sha256"], "meta.json"):
+    for name in ("train.bin", "val.bin"):
         os.replace(work / name, folder / name)
+    for name, content in {**tokenizer.files, "meta.json": json.dumps(meta, indent=2) + "\n"}.items():
+        write_atomic(folder / name, content)
     shutil.rmtree(work, ignore_errors=True)
     report(meta, folder)
 
@@ -296,8 +274,7 @@ def report(meta, folder):
     train, val = meta["splits"].values()
     documents, tokens, size = (train[count] + val[count] for count in COUNTS)
     for source in meta["sources"]:
-        print(f"{source['name']}: {source['train']['tokens'] / train['tokens']:.1%} of the training tokens, "
-              f"{source['left_out']:,} documents left out (--val_tokens)")
+        print(f"{source['name']}: {source['train']['tokens'] / train['tokens']:.1%} of the training tokens")
     print(f"{folder}: {documents:,} documents, {size / 1e6:.1f} MB of text, {tokens:,} tokens of "
           f"{size / tokens:.2f} bytes ({val['tokens']:,} for validation), corpus {meta['corpus_hash']}\n"
           f"next: python train.py config/train_11m.py --dataset={folder.name} --data_dir={folder.parent} "

@@ -7,7 +7,6 @@ Checkpoints are data: only safetensors and JSON are read, nothing is unpickled, 
 """
 import json
 import os
-import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -51,8 +50,8 @@ def their_names(n_layers, pico=False):
 
 def checkpoints(run):
     """The checkpoints of a run folder by step, ascending: {600: "out/11m/step_000600", ...}."""
-    paths = sorted(Path(run).glob("step_*"), key=lambda path: (len(path.name), path.name))
-    return {int(path.name[5:]): str(path) for path in paths if re.fullmatch(r"step_\d{6,}", path.name)}
+    paths = {path.name[5:]: str(path) for path in Path(run).glob("step_*/")}
+    return dict(sorted((int(step), path) for step, path in paths.items() if step.isdecimal()))
 
 def save_checkpoint(run, step, model, head, moments, tokenizer, spectra, state):
     """Write a checkpoint beside its name and rename it into place. Only the newest two keep their optimizer.
@@ -90,8 +89,7 @@ def hf_config(shape):
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
         **{theirs: getattr(shape, ours) for ours, (theirs, _) in SHAPE.items()},
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "head_dim": shape.d_model // shape.n_heads, "hidden_act": "silu",
-        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+        "head_dim": shape.d_model // shape.n_heads, "tie_word_embeddings": False}  # else Llama's defaults
 
 CARD = """---
 library_name: transformers
@@ -148,8 +146,6 @@ def load_models(paths, step=None, device="cpu"):
     """{path: Loaded} of the folders that a command line names."""
     if not paths:
         fail("name a run folder, out/<run>, or the folder of a Llama")
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        fail("a folder is named twice: it would be compared with itself")
     return {path: load_model(path, step, device) for path in paths}
 
 def check_sha256(folder, state, name):
@@ -159,11 +155,11 @@ def check_sha256(folder, state, name):
 
 def read_weights(folder):
     """The shape of a model and its weights under our names, {name: float32 tensor}."""
-    names, tensors = ["model.safetensors"], {}
+    files, tensors = {"model.safetensors"}, {}
     if not os.path.exists(f"{folder}/model.safetensors"):
-        names = sorted(set(read_json(f"{folder}/model.safetensors.index.json")["weight_map"].values()))
-    for name in names:
-        tensors |= load_file(os.path.join(folder, os.path.basename(name)))
+        files = set(read_json(f"{folder}/model.safetensors.index.json")["weight_map"].values())
+    for file in files:
+        tensors |= load_file(f"{folder}/{os.path.basename(file)}")
     tensors = {key.removeprefix("pico_decoder."): tensor for key, tensor in tensors.items()
                if not key.endswith("rotary_emb.inv_freq")}
     theirs = read_json(f"{folder}/config.json")
@@ -171,12 +167,11 @@ def read_weights(folder):
     shape = read_shape(theirs, pico)
     if shape.n_layers > len(tensors):
         raise ValueError(f"config.json says {shape.n_layers} layers, but there are {len(tensors)} tensors")
-    names = their_names(shape.n_layers, pico)
     if theirs.get("tie_word_embeddings") and not pico:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    if extra := sorted(set(tensors) - set(names.values())):
-        raise ValueError(f"a Llama has no tensor {extra[0]}")
-    weights = {ours: tensors[name].float() for ours, name in names.items()}
+    weights = {ours: tensors.pop(name).float() for ours, name in their_names(shape.n_layers, pico).items()}
+    if tensors:
+        raise ValueError(f"a Llama has no tensor {min(tensors)}")
     half = shape.d_model // shape.n_heads // 2  # pair j of a head: rows j, j + half here, 2j, 2j + 1 in pico
     for ours, weight in weights.items() if pico else ():
         if ours.endswith(("q_proj.weight", "k_proj.weight")):  # (heads, half, 2, C) -> (heads, 2, half, C)

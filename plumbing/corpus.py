@@ -1,7 +1,6 @@
 """Text in files and on the Hugging Face hub, and corpora: text as token ids, made by data/prepare.py."""
 import contextlib
 import glob
-import gzip
 import hashlib
 import json
 import os
@@ -9,9 +8,10 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import fsspec
 import numpy as np
 import pandas as pd
 from pyarrow.parquet import ParquetFile
@@ -24,19 +24,17 @@ from plumbing.tokenizer import load_tokenizer
 # Text
 
 def open_text(path):
-    """A file of text, perhaps with .gz, from behind its byte order mark."""
-    return (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")
-
-def txt_rows(path, columns):
-    yield {"text": open_text(path).read()}
+    """A file of text, here or on the hub, perhaps with .gz, from behind its byte order mark."""
+    return fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer").open()
 
 def json_rows(path, columns):
     """A row a line, or else one list of rows. Columns that nobody asked for may hold anything."""
     with open_text(path) as file:
-        if (first := file.read(1)) == "[":
-            return (yield from json.loads(first + file.read()))
+        first = file.read(1)
+        file.seek(0)
+        if first == "[":
+            return (yield from json.load(file))
         for number, line in enumerate(file, 1):
-            line, first = first + line, ""
             try:
                 yield json.loads(line if line.strip() else "{}")
             except json.JSONDecodeError as error:
@@ -44,8 +42,8 @@ def json_rows(path, columns):
 
 def csv_rows(path, columns, sep=","):
     """Cells are text, also those that say 1, NA or null."""
-    for table in pd.read_csv(path, sep=sep, encoding="utf-8-sig", dtype=str, keep_default_na=False,
-                             chunksize=1000):
+    options = {"encoding": "utf-8-sig", "dtype": str, "keep_default_na": False}
+    for table in pd.read_csv(path, sep=sep, chunksize=1000, **options):
         yield from table.to_dict("records")
 
 def parquet_rows(path, columns):
@@ -53,8 +51,9 @@ def parquet_rows(path, columns):
     for batch in file.iter_batches(columns=columns if set(columns) <= set(file.schema_arrow.names) else None):
         yield from batch.to_pylist()
 
-READERS = {".json": json_rows, ".jsonl": json_rows, ".csv": csv_rows, ".tsv": partial(csv_rows, sep="\t"),
-           ".txt": txt_rows, ".parquet": parquet_rows}  # by suffix; a .txt file is one row
+READERS = {  # by suffix
+    ".json": json_rows, ".jsonl": json_rows, ".csv": csv_rows, ".tsv": partial(csv_rows, sep="\t"),
+    ".txt": lambda path, columns: [open_text(path).read()], ".parquet": parquet_rows}
 
 def suffix_of(path):
     """The suffix that says what is in a file: .jsonl for A.JSONL.GZ."""
@@ -106,40 +105,46 @@ def text_files(path):
 def file_rows(path, columns):
     """Yield the rows of a file, dicts of its columns, the wanted ones among them. A bare text is one."""
     with reading(path, "mend it or leave it out"):
-        for row in READERS[suffix_of(path)](path, columns):
-            yield row if isinstance(row, dict) else {"text": row}
+        yield from READERS[suffix_of(path)](path, columns)
 
 @contextlib.contextmanager
 def datasets_library(name):
     """The library `datasets`, for reading `name`. What it raises inside ends the program with one line."""
     import datasets  # here, because it takes two seconds
-    import huggingface_hub
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or reading a local file would go online to report it
     try:
         yield datasets
     except Exception as error:  # each reader has exceptions of its own
-        offline = "; is this machine online?" if isinstance(error, ConnectionError) else ""
-        fail(f"cannot read {name}: {reason(error)}{offline}")
+        fail(f"cannot read {name}: {reason(error)}")
 
 def hub_rows(name, part, split, columns):
-    """Yield the rows of a dataset of the Hugging Face hub, as they are downloaded."""
-    with datasets_library(name) as datasets, TemporaryDirectory() as cache:  # of lock files, and nothing else
-        yield from datasets.load_dataset(name, part, split=split, streaming=True, cache_dir=cache)
+    """Yield the rows of a dataset of the Hugging Face hub, as they are downloaded.
+
+    json is read by our reader: theirs stops where a column, wanted or not, changes its type.
+    """
+    with datasets_library(name) as datasets:
+        builder = datasets.load_dataset_builder(name, part)
+        files = (builder.config.data_files or {}).get(split, [])
+        if files and all(READERS.get(suffix_of(file)) is json_rows for file in files):
+            for file in files:
+                yield from json_rows(file, columns)
+        else:
+            yield from builder.as_streaming_dataset(split)
 
 def stream(columns, rows, name, *where):
     """Yield the wanted columns of rows(name, *where, columns) as tuples; what a row lacks is None."""
-    seen = {}
-    for row in rows(name, *where, columns):
-        seen |= row
+    rows = (row if isinstance(row, dict) else {"text": row} for row in rows(name, *where, columns))
+    head = list(islice(rows, 100))  # one row of json may lack a column, but not all of these
+    there = {column: None for row in head for column in row}
+    if there and (missing := [column for column in columns if column not in there]):
+        fail(f"{name} has no column {missing[0]!r}, but {', '.join(there)} (see --help)")
+    for row in chain(head, rows):
         cells = [row.get(column) for column in columns]  # half a surrogate pair, which UTF-8 lacks, is U+FFFD
         yield tuple(cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                     if isinstance(cell, str) else cell for cell in cells)
-    if seen and (missing := [column for column in columns if column not in seen]):
-        fail(f"{name} has no column {missing[0]!r}, but {', '.join(seen)} (see --help)")
 
 def read_columns(columns, *where):
     """All rows as a list; see `stream`."""
@@ -169,21 +174,20 @@ class Corpus:
 def load_corpus(folder):
     """Open a corpus. Sizes are always checked, hashes and ids below 1 GB; damage ends the program."""
     remedy = "prepare the corpus again with data/prepare.py"
-    meta, tokenizer = read_json(os.path.join(folder, "meta.json"), remedy), load_tokenizer(folder)
+    meta, tokenizer = read_json(f"{folder}/meta.json", remedy), load_tokenizer(folder)
     with reading(folder, remedy):
         if not tokenizer.n_vocab <= meta["vocab_size"] <= 65_536:
             raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, meta.json {meta['vocab_size']}")
-        train, val = (np.memmap(os.path.join(folder, name), "<u2", "r") for name in ("train.bin", "val.bin"))
-        for split, tokens in (("train", train), ("val", val)):
-            expected = meta["splits"][split]["tokens"]
-            if len(tokens) != expected:
-                raise ValueError(f"{split}.bin has {len(tokens):,} tokens, not the {expected:,} of meta.json")
-            if tokens.nbytes < 1e9:
-                if hashlib.sha256(tokens).hexdigest() != meta["sha256"][f"{split}.bin"]:
-                    raise ValueError(f"{split}.bin does not match the sha256 in meta.json")
-                if tokens.max() >= tokenizer.n_vocab:
-                    raise ValueError(f"{split}.bin has ids that the tokenizer does not have")
+        splits = []
+        for name in ("train", "val"):
+            tokens, counts = np.memmap(f"{folder}/{name}.bin", "<u2", "r"), meta["splits"][name]
+            sound = len(tokens) == counts["tokens"]
+            if sound and tokens.nbytes < 1e9:
+                sound = hashlib.sha256(tokens).hexdigest() == meta["sha256"][f"{name}.bin"]
+                sound = sound and tokens.max() < tokenizer.n_vocab
+            if not sound:
+                raise ValueError(f"{name}.bin is not the one that meta.json describes")
+            splits.append(tokens)
         sources = {source["name"]: tuple(source["val_range"]) for source in meta["sources"]}
-        per_byte = meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"]
-        return Corpus(train, val, tokenizer, tokenizer.eot, tokenizer.mask, meta["vocab_size"],
-                      tokenizer.token_bytes, meta["corpus_hash"], sources, per_byte)
+        return Corpus(*splits, tokenizer, tokenizer.eot, tokenizer.mask, meta["vocab_size"],
+                      tokenizer.token_bytes, meta["corpus_hash"], sources, counts["tokens"] / counts["bytes"])

@@ -48,8 +48,8 @@ class HubTokenizer(Tokenizer):
     """The tokenizer.json in a folder, as Hugging Face's library reads it."""
 
     def __init__(self, folder):
-        paths = [path for name in HUB_FILES if (path := Path(folder, name)).exists()]
-        self.files = {path.name: path.read_bytes() for path in paths}
+        paths = [Path(folder, name) for name in HUB_FILES]
+        self.files = {path.name: path.read_bytes() for path in paths if path.exists()}
         self.json = self.files["tokenizer.json"].decode()
         self.backend = tokenizers.Tokenizer.from_str(self.json)
         self.backend.encode_special_tokens = True  # written out in a text they are ordinary characters
@@ -64,11 +64,9 @@ class HubTokenizer(Tokenizer):
             self.token_bytes[i] = bytes_of(token, '"ByteLevel"' in self.json)
         for i, token in self.backend.get_added_tokens_decoder().items():
             self.token_bytes[i] = b"" if token.special else token.content.encode()
-        self.eot_text = text_token(self.files, tokens)
-        self.eot = tokens[self.eot_text]
-        masks = [tokens[name] for name in (MASK, "<mask>", "[MASK]") if name in tokens]
-        masks += [i for i, token in enumerate(self.token_bytes) if token == b"\xff"]  # a byte of no text
-        self.mask = masks[0] if masks else None
+        self.eot = id_before_text(self.files, tokens)
+        no_text = (i for i, token in enumerate(self.token_bytes) if token == b"\xff")  # not a byte of UTF-8
+        self.mask = tokens[MASK] if MASK in tokens else next(no_text, None)
 
     def encode_ordinary(self, text):
         pieces = [self.backend.encode(piece, add_special_tokens=False) for piece in LONG_SPACE.split(text)]
@@ -79,29 +77,24 @@ class HubTokenizer(Tokenizer):
 
 def load_tokenizer(folder):
     """The tokenizer in a folder: a tokenizer.json, or a corpus's tokenizer.tiktoken with meta.json."""
-    path = Path(folder, "tokenizer.json")
-    if path.exists():
-        with reading(path, "copy or download it again"):
+    with reading(f"the tokenizer in {folder}", "prepare, copy or download it again"):
+        if Path(folder, "tokenizer.json").exists():
             return HubTokenizer(folder)
-    path, meta = Path(folder, "tokenizer.tiktoken"), read_json(Path(folder, "meta.json"))
-    with reading(path, "prepare the corpus again with data/prepare.py"):
-        content = path.read_bytes()
+        meta, content = read_json(f"{folder}/meta.json"), Path(folder, "tokenizer.tiktoken").read_bytes()
         if hashlib.sha256(content).hexdigest() != meta["sha256"]["tokenizer.tiktoken"]:
             raise ValueError("it does not match the sha256 in meta.json")
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
         return Tokenizer(ranks, meta["pattern"], meta["special_tokens"])
 
-def text_token(files, tokens):
-    """The token that stands before a text: the one that begins texts or, where none does, ends them."""
-    for name in HUB_FILES[1:]:
-        settings = json.loads(files.get(name, b"{}"))
-        for kind in ("bos_token", "eos_token"):
-            named = settings.get(kind) or settings.get(f"{kind}_id")
-            named = named.get("content") if isinstance(named, dict) else named
-            named = named[0] if isinstance(named, list) else named
-            for token, i in tokens.items():
-                if named in (token, i):
-                    return token
+def id_before_text(files, tokens):
+    """The id of the token that begins texts or, where none does, of the one that ends them."""
+    for settings in (json.loads(files[name]) for name in HUB_FILES[1:] if name in files):
+        for kind in ("bos_token", "eos_token", "bos_token_id", "eos_token_id"):
+            token = settings.get(kind)
+            token = token["content"] if isinstance(token, dict) else token
+            token = token[0] if isinstance(token, list) else token
+            if (i := tokens.get(token, token)) in tokens.values():  # it was named, or is the id itself
+                return i
     raise ValueError("no tokenizer_config.json or config.json beside it names a bos_token or eos_token")
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # for bytes in tokenizer.json, as GPT-2 chose them
@@ -122,13 +115,15 @@ def tokenizer_json(tokenizer):
     tiktoken joins whichever two neighbours make the token of the lowest rank, and takes a piece that is a
     token whole. So each way to cut a token into two tokens is a merge, in order of rank, with ignore_merges.
     """
-    ranks, merges = tokenizer.ranks, []
-    written = {i: "".join(LETTER_OF[byte] for byte in token) for token, i in ranks.items()}
+    ranks = tokenizer.ranks
+    written = {token: "".join(LETTER_OF[byte] for byte in token) for token in ranks}
+    merges = []
     for token in sorted(ranks, key=ranks.get):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        cuts = [(ranks[left], ranks[right]) for left, right in cuts if left in ranks and right in ranks]
-        merges += [(written[left], written[right]) for left, right in sorted(cuts)]
-    vocabulary = {text: i for i, text in written.items()} | tokenizer.special_tokens
+        cuts = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+        cuts.sort(key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
+        merges += [(written[left], written[right]) for left, right in cuts]
+    vocabulary = {written[token]: i for token, i in ranks.items()} | tokenizer.special_tokens
     library = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     library.add_special_tokens(list(tokenizer.special_tokens))
     library.pre_tokenizer = pre_tokenizers.Sequence([
@@ -140,11 +135,11 @@ def tokenizer_json(tokenizer):
 def hf_files(tokenizer, block_size):
     """{name: text} of the files that make a folder's tokenizer one for transformers. It pads on the left, so
     that a batch of texts of different lengths is continued as each alone would be."""
-    theirs = isinstance(tokenizer, HubTokenizer)
-    eot = tokenizer.eot_text if theirs else EOT
+    ours = not isinstance(tokenizer, HubTokenizer)
+    eot = EOT if ours else tokenizer.backend.id_to_token(tokenizer.eot)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
                 "pad_token": eot, "padding_side": "left", "model_max_length": block_size,
                 "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}
-    settings |= {} if theirs else {"mask_token": MASK}
-    content = tokenizer.json if theirs else tokenizer_json(tokenizer)
-    return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=2)}
+    settings |= {"mask_token": MASK} if ours else {}
+    return {"tokenizer.json": tokenizer_json(tokenizer) if ours else tokenizer.json,
+            "tokenizer_config.json": json.dumps(settings, indent=2)}

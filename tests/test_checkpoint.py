@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import PACKAGES, run_many
 from safetensors.torch import load_file, save_file
 
-from plumbing.checkpoint import NAMES, checkpoints, load_model
+from plumbing.checkpoint import checkpoints, load_model
 from plumbing.files import read_json
 from plumbing.tokenizer import HubTokenizer, Tokenizer, hf_files, load_tokenizer
 
@@ -98,14 +98,9 @@ def test_a_batch_of_texts(hub):
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     assert classifier(**batch).logits.shape == (2, 2)
 
-def test_files(quick_start):
-    steps = checkpoints(quick_start.folder)
-    expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md",
-                "generation_config.json", "head.safetensors", "spectra.npz", "state.json"}
-    for number, folder in enumerate(steps.values()):
-        newest = number >= len(steps) - 2
-        assert set(os.listdir(folder)) == expected | ({"optimizer.safetensors"} if newest else set())
-    assert len(set(NAMES.values())) == len(NAMES) and len(steps) == 4
+def test_the_newest_two_keep_their_optimizer(quick_start):
+    files = [f"{folder}/optimizer.safetensors" for folder in checkpoints(quick_start.folder).values()]
+    assert list(map(os.path.exists, files)) == [False, False, True, True]
 
 # --------------------------------------------------------------------------------------------------
 # Theirs
@@ -204,10 +199,9 @@ def test_logits_of_theirs(theirs, name):
     expected = AutoModelForCausalLM.from_pretrained(theirs / name, dtype=torch.float32).eval()(idx).logits
     assert expected.std() > 0.5 and loaded.settings == {} and loaded.head == {}
     torch.testing.assert_close(loaded.model.logits(idx), expected, rtol=0, atol=2e-5)
-    tokenizer = AutoTokenizer.from_pretrained(theirs / name)
-    for text in documentation()[:50] + SCRIPTS[:-1]:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert loaded.tokenizer.encode_ordinary(text) == ids
+    tokenizer, texts = AutoTokenizer.from_pretrained(theirs / name), documentation()[:50] + SCRIPTS[:-1]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert loaded.tokenizer.encode_ordinary_batch(texts) == ids
     assert loaded.tokenizer.eot == tokenizer.bos_token_id
 
 @torch.no_grad()
@@ -216,8 +210,6 @@ def test_logits_of_a_pico_decoder(theirs, name):
     model, idx = load_model(theirs / name).model, torch.arange(7, 47)
     expected = pico_logits(pico_state(), idx)
     torch.testing.assert_close(model.logits(idx[None])[0].double(), expected, rtol=0, atol=1e-4)
-    model.blocks[0].attention.q_proj.weight.copy_(model.blocks[0].attention.q_proj.weight.roll(1, 0))
-    assert not torch.allclose(model.logits(idx[None])[0].double(), expected, rtol=0, atol=1e-2)
 
 def test_every_script_takes_them(theirs, tmp_path):
     """eval_lm, sample and spectra on a Llama of others, eval_fewshot and eval_ner on a pico-decoder."""
@@ -260,8 +252,7 @@ DAMAGE = {  # what is done to a sound folder, and what the one line says
     "biases": (lambda f: change_config(f, attention_bias=True), "attention_bias = True"),
     "scaled": (lambda f: change_config(f, rope_parameters={"rope_type": "yarn"}), "rope_type = yarn"),
     "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no model.safetensors"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "meta.json"),
-    "half a tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"'), "tokenizer.json"),
+    "half a tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"'), "the tokenizer"),
 }
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -14,10 +14,8 @@ PROMPT = "Return the number of"
 MISTAKES = {  # the words, and what the one line says
     "no such run": (["out/no_such_run"], "holds no checkpoint"),
     "no run named": (["--prompt=a"], "python sample.py out/<run>"),
-    "two runs": (["a", "b"], "one run folder"),
     "no such step": (["{run}", "--step=41"], "no checkpoint of step 41; there is 40, 80, 120, 160"),
     "bad temperature": (["{run}", "--temperature=-1"], "temperature"),
-    "misspelt": (["{run}", "--promt=x"], "'prompt'"),
 }
 
 @pytest.fixture(scope="module")
