@@ -2,7 +2,7 @@
 
     pip install -r requirements-bench.txt
     python bench.py                # all of it, about twenty minutes on two cores
-    python bench.py lm meta        # or some of: lm meta ner startup
+    python bench.py lm meta        # or some of: lm meta generate ner startup
 
 The ways to do a thing take turns (A B A B), each time in a process of its own that begins with a step that is
 not counted. A row has the median time of a step, the fastest and the slowest, the ratio to the first way, and
@@ -64,22 +64,26 @@ def optimized(parameters, loss):
         optimizer.zero_grad(set_to_none=True)
     return step
 
+def make_model(name, peer):
+    """Our model, or Hugging Face's of the same shape, which ends no text."""
+    shape = SHAPES[name][0]
+    if not peer:
+        return Llama(shape).to(device)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(**hf_config(shape), eos_token_id=None)).to(device)
+
 def lm_step(name, peer, compiled, dtype):
-    """A language-model step of our model, or of Hugging Face's with the same shape."""
+    """A language-model step."""
     shape, B, _ = SHAPES[name]
+    model = make_model(name, peer)
     idx = torch.randint(shape.vocab_size, (B, shape.block_size + 1), device=device)
-    if peer:
-        from transformers import LlamaConfig, LlamaForCausalLM
-        model = LlamaForCausalLM(LlamaConfig(**hf_config(shape), use_cache=False)).to(device)
-    else:
-        model = Llama(shape).to(device)
     if compiled:
         model.compile(dynamic=False) if peer else model.compile_parts()
 
     def loss():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if peer:
-                return model(input_ids=idx[:, :-1], labels=idx[:, :-1]).loss
+                return model(input_ids=idx[:, :-1], labels=idx[:, :-1], use_cache=False).loss
             return model(idx[:, :-1], idx[:, 1:])
     return optimized(model.parameters(), loss)
 
@@ -117,6 +121,14 @@ def meta_step(name, backbone_again):
         return F.cross_entropy(answers, e["query_labels"].flatten())
     return optimized([*model.parameters(), *head.values()], again if backbone_again else ours)
 
+def generate_step(name, peer):
+    """The likeliest 64 tokens after 16, in float32. Both models keep the keys and values of tokens read."""
+    model = make_model(name, peer).eval()
+    idx = torch.randint(SHAPES[name][0].vocab_size, (1, 16), device=device)
+    if peer:
+        return partial(model.generate, idx, max_new_tokens=64, do_sample=False, use_cache=True)
+    return partial(model.generate, idx, 64, temperature=0)
+
 def ner_tuning(name, cached):
     """Head-only tuning on 1,000 sentences of 20 words, with 300 to stop by, for ten epochs."""
     corpus, shape = load_corpus(f"{config.data_dir}/docstrings"), SHAPES[name][0]
@@ -148,6 +160,7 @@ LM = {f"{'Hugging Face' if peer else 'ours'}, {'compiled' if compiled else 'eage
 PARTS = {  # part of the benchmark: (what sets up a step, names of models, {way: what else it takes})
     "lm": (lm_step, SHAPES, LM),
     "meta": (meta_step, SHAPES, {"ours": [False], "backbone in each inner step": [True]}),
+    "generate": (generate_step, SHAPES, {"ours": [False], "Hugging Face": [True]}),
     "ner": (ner_tuning, ["quick start"], {"features computed once": [True], "at each step": [False]}),
     "startup": (first_step, ["11m"], {"compiled by an earlier run": [True], "not yet compiled": [False]})}
 
@@ -174,14 +187,14 @@ def compare(part, name, ways):
         result = json.loads(done.stdout.splitlines()[-1])
         rows[way] |= result | {"seconds": rows[way]["seconds"] + result["seconds"]}
     print(f"\n{part}, {name}")
-    first, *_ = (np.median(row["seconds"]) for row in rows.values())
+    first = np.median(next(iter(rows.values()))["seconds"])
     for way, row in rows.items():
         low, median, high = np.percentile(row["seconds"], [0, 50, 100])
         print(f"  {way:34}  {1e3 * median:9.2f} ms [{1e3 * low:.2f}, {1e3 * high:.2f}]  "
               f"{median / first:6.2f} x the first  {row['GiB']:.2f} GiB", flush=True)
     return list(rows.values())
 
-if len(words) == 3:  # the process of one way
+if words[1:] and words[1] in SHAPES:  # the process of one way
     part, name, way = words
     set_up, _, ways = PARTS[part]
     measure(set_up(name, *ways[way]))
