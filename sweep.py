@@ -12,20 +12,17 @@ out/<study>/<arm>/seed<k>. The same command goes on: what is finished is kept, w
 Runs of one seed see the same rows at the same step, so that arms are compared with the baseline seed by seed.
 Intervals are of 95%, by Student's t over seeds; p is of the paired t test, and by Holm over the whole table.
 """
-import itertools
-import json
 import os
 import re
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock
+from threading import Event, Lock
 
 from plumbing.files import ROOT, fail, on_signals, read_json, write_atomic
 from plumbing.settings import Count, load
@@ -36,6 +33,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from config import defaults
 from plumbing import figures
 from plumbing.run import read_log
 from spectra import reached
@@ -54,125 +52,113 @@ METRICS = {  # in the last evaluation of a run, or below
     "heldout_query_acc": "accuracy, held-out words", "val_query_acc": "accuracy, training words",
     "ner_f1": "NER, strict F1", "lm_tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds",
     "steps_to": "steps to the baseline's loss", "lm_tokens_to": "LM tokens to it", "flops_to": "FLOPs to it"}
+RULES = [(lambda c: re.fullmatch(r"(\d+,?)*", c.seeds), "seeds takes 3 for 0, 1 and 2, or 5,7 for those two")]
 TESTED = "val_loss heldout_query_acc val_query_acc ner_f1".split()
 
 # --------------------------------------------------------------------------------------------------
 # Running
 
-class Runs:
-    """The runs of a study: a folder and a command each, and the processes at work on them."""
+starting, processes, stopped = Lock(), [], Event()
 
-    def __init__(self, config, folder, base, arms, seeds, evaluate=()):
-        self.config, self.folder, self.evaluate = config, folder, evaluate
-        self.lock, self.working, self.stopped, self.gpus = Lock(), [], False, SimpleQueue()
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        for i in range(config.jobs):  # each worker has one
-            self.gpus.put(gpus.split(",")[i % len(gpus.split(","))])
-        self.commands = {}  # run folder -> words of train.py
-        for seed, arm in itertools.product(seeds, arms):  # first all arms of a seed
-            run = folder / arm / f"seed{seed}"
-            self.commands[run] = shlex.split(f"{base} {arms[arm]} --seed={seed}") + [f"--out_dir={run}"]
+def stop(number, frame):
+    """Ctrl-C: each run saves and leaves, and none is begun any more."""
+    with starting:
+        stopped.set()
+        for process in processes:
+            process.terminate()
 
-    def begin(self, words, gpu):
-        """Start a command with its share of the machine, away from the Ctrl-C that this process gets."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.config.jobs)),
-                                    "CUDA_VISIBLE_DEVICES": gpu}
-        with self.lock:
-            if not self.stopped:
-                self.working.append(subprocess.Popen(
-                    [sys.executable, ROOT / words[0], *words[1:]], env=environment, start_new_session=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-                return self.working[-1]
-
-    def run(self, run, bar):
-        """Train and evaluate one run; what it says goes to output.txt beside its log."""
-        if self.stopped:
+def train_and_evaluate(run, words, evaluate, environment):
+    """One run, away from the Ctrl-C that this process gets. Returns whether all went well."""
+    train = ["train.py", *words] + ["--resume=True"] * (run / "config.json").exists()
+    after = [shlex.split(command.format(run=shlex.quote(str(run)))) for command in evaluate]
+    for script, *words in [train] * (not finished(run)) + after:
+        with starting:
+            if stopped.is_set():
+                return False
+            run.mkdir(parents=True, exist_ok=True)
+            with open(run / "output.txt", "a") as output:
+                print("$", shlex.join([script, *words]), file=output, flush=True)
+                process = subprocess.Popen(
+                    [sys.executable, ROOT / script, *words], env=environment, start_new_session=True,
+                    stdout=output, stderr=subprocess.STDOUT)
+            processes.append(process)
+        if process.wait():
+            if not stopped.is_set():
+                reason = (run / "output.txt").read_text().splitlines()[-1]
+                print(f"\nfailed: {shlex.join([script, *words])}: {reason} (see {run}/output.txt)")
             return False
-        gpu = self.gpus.get()
-        words = ["train.py", *self.commands[run]] + ["--resume=True"] * (run / "config.json").exists()
-        run.mkdir(parents=True, exist_ok=True)
-        after = [shlex.split(command.format(run=shlex.quote(str(run)))) for command in self.evaluate]
-        with open(run / "output.txt", "a", buffering=1) as output:
-            for command in [words] * (not finished(run)) + after:
-                output.write(f"$ {shlex.join(command)}\n")
-                process, line = self.begin(command, gpu), ""
-                for line in process.stdout if process else []:
-                    output.write(line)
-                    bar.update(line.startswith("step "))
-                if process and process.wait() and not self.stopped:
-                    bar.write(f"failed: {shlex.join(command)}: {line.strip()} (see {run}/output.txt)")
-                if not process or process.returncode:
-                    break
-        self.gpus.put(gpu)
-        return bool(process) and not process.returncode
+    return True
 
-    def run_all(self):
-        """All of them, some side by side; returns whether all went well."""
-        steps = {run: steps_of(words) for run, words in self.commands.items()}
-        done = {run: len(read_log(run)) and read_log(run)[-1]["step"] for run in steps}
-        on_signals(self.stop)
-        with (tqdm(total=sum(steps.values()), initial=sum(done.values()), unit=" steps", smoothing=0) as bar,
-              ThreadPoolExecutor(self.config.jobs) as pool):
-            return all([*pool.map(lambda run: self.run(run, bar), self.commands)])
+def run_all(jobs, commands, evaluate):
+    """All runs, `jobs` side by side, each with its share of the machine. Returns whether all went well."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    threads, waiting = max(1, os.cpu_count() // jobs), iter(list(commands.items()))
 
-    def stop(self, number, frame):
-        """Ctrl-C: each run saves and leaves, and none is begun any more."""
-        with self.lock:
-            self.stopped = True
-            for process in self.working:
-                process.send_signal(signal.SIGTERM)
+    def work(number):
+        gpu = gpus.split(",")[number % len(gpus.split(","))]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu}
+        # Each worker takes the next. None stops at a failure.
+        return all([train_and_evaluate(run, words, evaluate, environment) for run, words in waiting])
 
-def steps_of(words):
-    """max_steps of a command, for the progress bar."""
-    from config.defaults import Config as Train
+    def steps_done():
+        return sum(log[-1]["step"] for log in map(read_log, commands) if log)
 
-    return load(Train, "", argv=words)[0].max_steps
+    # A mistake in a command ends the program here.
+    total = sum(load(defaults.Config, "", defaults.RULES, words, allow_words=False)[0].max_steps
+                for words in commands.values())
+    on_signals(stop)
+    with (ThreadPoolExecutor(jobs) as pool,
+          tqdm(total=total, initial=steps_done(), unit=" steps", smoothing=0) as bar):
+        workers = [pool.submit(work, number) for number in range(jobs)]
+        while wait(workers, timeout=5).not_done:
+            bar.update(steps_done() - bar.n)
+    return all(worker.result() for worker in workers)
 
 def finished(run):
     """Whether a run has come to its end, or to that which on_collapse=stop set it."""
     log = read_log(run)
     last = max((line["step"] for line in log if line["kind"] == "eval"), default=0)
-    stopped = any(line["kind"] == "collapse" and line["action"] == "stop" for line in log)
-    return last > 0 and (stopped or last == read_json(run / "config.json")["max_steps"])
+    collapsed = any(line["kind"] == "collapse" and line["action"] == "stop" for line in log)
+    return last > 0 and (collapsed or last == read_json(run / "config.json")["max_steps"])
 
 # --------------------------------------------------------------------------------------------------
 # Reporting
 
-def results(commands):
-    """A row for each finished run: arm, seed, and the numbers of its last evaluation."""
-    rows = []
-    for run in filter(finished, commands):
-        last = [line for line in read_log(run) if line["kind"] == "eval"][-1]
+def results(commands, baseline):
+    """A row for each finished run: arm, seed, its last evaluation, and where it came to the baseline's loss.
+
+    That is where its validation loss came down to the last of the baseline's run of the same seed.
+    """
+    rows, runs = [], filter(finished, commands)
+    evals = {run: [line for line in read_log(run) if line["kind"] == "eval"] for run in runs}
+    final = {run: lines[-1]["val_loss"] for run, lines in evals.items()}
+    for run, lines in evals.items():
         ner = [row["f1"] for path in sorted(run.glob("ner_*.json")) for row in read_json(path)["table"]
                if row["system"] == str(run)]
-        rows.append({"arm": run.parent.name, "seed": int(run.name[4:]), "run": run, **last,
-                     "ner_f1": np.mean(ner) if ner else np.nan})
+        row = {"arm": run.parent.name, "seed": int(run.name[4:]), "run": run, **lines[-1],
+               "ner_f1": np.mean(ner) if ner else np.nan}
+        goal = final.get(run.parents[1] / baseline / run.name, -np.inf)
+        if min(line["val_loss"] for line in lines) <= goal:
+            for x, place in reached(lines, goal).items():
+                row["steps_to" if x == "step" else f"{x}_to"] = place
+        rows.append(row)
     return pd.DataFrame(rows)
-
-def add_distance(frame, baseline):
-    """Where each run's loss came down to the final loss of the baseline of its seed; NaN if it did not."""
-    goal = frame[frame["arm"] == baseline].set_index("seed")["val_loss"]
-    for i, row in frame.iterrows():
-        evals = [line for line in read_log(row["run"]) if line["kind"] == "eval"]
-        if row["seed"] in goal and min(line["val_loss"] for line in evals) <= goal[row["seed"]]:
-            for x, place in reached(evals, goal[row["seed"]]).items():
-                frame.loc[i, f"{x}s_to" if x == "step" else f"{x}_to"] = place
 
 def interval(values):
     """Half the width of the 95% interval of a mean, by Student's t."""
     n = len(values)
-    return stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    return stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
 
 def table(frame, baseline):
     """A row for each arm and metric: mean, interval, paired difference from the baseline, interval, p."""
     rows, base = [], frame[frame["arm"] == baseline].set_index("seed")
-    for (arm, of_arm), metric in itertools.product(frame.groupby("arm", sort=False), METRICS):
+    for (arm, of_arm), metric in product(frame.groupby("arm", sort=False), METRICS):
         if metric not in of_arm or of_arm[metric].isna().any():  # not all came to the baseline's loss
             continue
-        of_arm = of_arm.set_index("seed")[metric]
-        row = {"arm": arm, "metric": metric, "n": len(of_arm), "mean": of_arm.mean(),
-               "interval": interval(of_arm)}
-        paired = (of_arm - base[metric]).dropna()
+        values = of_arm.set_index("seed")[metric]
+        row = {"arm": arm, "metric": metric, "n": len(values), "mean": values.mean(),
+               "interval": interval(values)}
+        paired = (values - base[metric]).dropna()
         if arm != baseline and len(paired) > 1:
             row |= {"difference": paired.mean(), "difference_interval": interval(paired)}
             if metric in TESTED:
@@ -187,81 +173,90 @@ def table(frame, baseline):
 
 def markdown(rows, baseline):
     """The table for people: an arm a line."""
-    def cell(row):
-        text = f"{row['mean']:.4g}" + f" ± {row['interval']:.2g}" * (row["n"] > 1)
-        if pd.notna(row.get("difference")):
-            text += f" ({row['difference']:+.3g} ± {row['difference_interval']:.2g}"
-            text += f", p {row['p_holm']:.3f})" if pd.notna(row.get("p_holm")) else ")"
-        return text
-    cells = rows.assign(text=[cell(row) for _, row in rows.iterrows()])
-    wide = cells.pivot(index="arm", columns="metric", values="text").loc[rows["arm"].unique()]
-    wide = wide[[metric for metric in METRICS if metric in wide]].rename(columns=METRICS).fillna("")
-    lines = [["arm, n", *wide.columns], ["---"] * (1 + len(wide.columns))]
-    seeds = rows.groupby("arm")["n"].max()
-    lines += [[f"{arm}, {seeds[arm]}", *line] for arm, *line in wide.reset_index().values.tolist()]
+    metrics = [metric for metric in METRICS if metric in set(rows["metric"])]
+    lines = [["arm, n", *(METRICS[metric] for metric in metrics)], ["---"] * (1 + len(metrics))]
+    for arm, of_arm in rows.groupby("arm", sort=False):
+        cells = dict.fromkeys(metrics, "")
+        for row in of_arm.to_dict("records"):
+            text = f"{row['mean']:.4g}" + f" ± {row['interval']:.2g}" * (row["n"] > 1)
+            if pd.notna(row.get("difference")):
+                p = f", p {row['p_holm']:.3f}" if pd.notna(row.get("p_holm")) else ""
+                text += f" ({row['difference']:+.3g} ± {row['difference_interval']:.2g}{p})"
+            cells[row["metric"]] = text
+        lines.append([f"{arm}, {of_arm['n'].max()}", *cells.values()])
     lines = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"Mean over seeds ± 95% interval (difference from {baseline}, p by Holm).\n\n{lines}\n"
 
 def report(folder, commands, baseline):
-    """Write table.md, .csv, .json, and the figures, of what has been run."""
-    frame = results(commands)
-    if frame.empty or baseline not in set(frame["arm"]):
+    """Write table.md, .csv and .json, runs.csv, and the figures, of what has been run."""
+    frame = results(commands, baseline)
+    if baseline not in set(frame.get("arm", [])):
         fail(f"no finished run of the baseline {baseline} in {folder}")
     made = {run: read_json(run / "config.json") for run in frame["run"]}
-    for run, one in made.items():
-        if [word for word in one["argv"] if word != "--resume=True"] != list(map(str, commands[run])):
-            print(f"note: {run} was made with other settings: {shlex.join(one['argv'])}")
-    for what in ("git", "corpus_hash", "system", "versions"):
-        if len(different := {json.dumps(one[what]) for one in made.values()}) > 1:
-            print(f"note: the runs differ in {what}: {'; '.join(sorted(different))}")
-    add_distance(frame, baseline)
+    for run in made:
+        if [word for word in made[run]["argv"] if word != "--resume=True"] != commands[run]:
+            print(f"note: {run} was made with other settings: {shlex.join(made[run]['argv'])}")
+    for key in ("git", "corpus_hash", "system", "versions"):
+        if len({str(settings[key]) for settings in made.values()}) > 1:
+            print(f"note: the runs differ in {key}; see their config.json")
     rows = table(frame, baseline)
     print(text := markdown(rows, baseline))
     write_atomic(f"{folder}/table.md", text)
     write_atomic(f"{folder}/table.csv", rows.to_csv(index=False))
     write_atomic(f"{folder}/table.json", rows.to_json(orient="records", indent=1))
     write_atomic(f"{folder}/runs.csv", frame.drop(columns="run").to_csv(index=False))
-    arms = [figures.Arm(arm, [read_log(run) for run in of_arm["run"]], made[of_arm["run"].iloc[0]])
-            for arm, of_arm in frame.groupby("arm", sort=False)]
+    arms = [figures.Arm(arm, [read_log(run) for run in runs], made[runs.iloc[0]])
+            for arm, runs in frame.groupby("arm", sort=False)["run"]]
     for x in ("step", "lm_tokens", "flops"):
         figures.save(figures.phase(arms, x), f"{folder}/{x}.png")
     if "difference" in rows:
         figures.save(figures.forest(rows, METRICS, TESTED, baseline), f"{folder}/differences.png")
     print(f"written {folder}/table.md, .csv, .json, runs.csv and figures")
 
-def main():
-    own = {field.name for field in fields(Config)} | {"help"}
-    grid = [word for word in sys.argv[1:] if word[:2] == "--" and word[2:].split("=")[0] not in own]
-    files = [word for word in sys.argv[1:] if word.endswith(".py")]
-    words = [word for word in sys.argv[1:] if word not in grid and word not in files]
-    config, _ = load(Config, __doc__, argv=words, allow_words=False)
-    if len(files) != 1 or not os.path.isfile(files[0]):
-        fail("name one file: a study, studies/<name>.py, or a configuration (see --help)")
-    study = runpy.run_path(files[0])
-    if wrong := [word for word in grid if "=" not in word or word.startswith(("--seed=", "--out_dir="))]:
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+def read_study(path, grid):
+    """A study's file, or a configuration: words of all runs, {arm: its words}, seeds, evaluations.
+
+    The words of the grid, --key=value,value, make each arm one for each combination of values.
+    """
+    if wrong := [word for word in grid if not re.match(r"--(?!seed=|out_dir=)\w+=", word)]:
         fail(f"{wrong[0]}: settings to vary are written --key=value,value; for seeds --seeds=3")
-    if "arms" not in study:
-        axes = [[f"{word.split('=')[0]}={value}" for value in word.split("=")[1].split(",")] for word in grid]
-        study = {"base": files[0], "arms": {" ".join(words).replace("--", "") or "all": shlex.join(words)
-                                            for words in itertools.product(*axes)}}
-    elif grid:
-        fail(f"{grid[0]}: a study names its own settings, in {files[0]}")
-    arms = {arm.replace("/", "_"): words for arm, words in study["arms"].items()}
+    study, arms = runpy.run_path(path), {}
+    axes = []
+    for word in grid:
+        key, _, values = word.partition("=")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    for (arm, words), values in product(study.get("arms", {"": ""}).items(), product(*axes)):
+        name = " ".join([arm, *values]).replace("--", "").replace("/", "_").strip() or "all"
+        arms[name] = f"{words} {shlex.join(values)}"
+    return study.get("base", shlex.quote(path)), arms, study.get("seeds", [0]), study.get("evaluate", [])
+
+def main():
+    own = {"-h", "--help", *(f"--{field.name}" for field in fields(Config))}
+    words = [word for word in sys.argv[1:] if word.split("=")[0] in own]
+    others = [word for word in sys.argv[1:] if word not in words]
+    config, _ = load(Config, __doc__, RULES, words)
+    path, *grid = sorted(others, key=lambda word: word.startswith("-")) or [""]
+    if not os.path.isfile(path):
+        fail("name one file: a study, studies/<name>.py, or a configuration (see --help)")
+    base, arms, seeds, evaluate = read_study(path, grid)
     baseline = config.baseline or next(iter(arms))
     if baseline not in arms:
         fail(f"no arm {baseline}, but {', '.join(arms)}")
-    if not re.fullmatch(r"(\d+,?)*", config.seeds):
-        fail(f"seeds = {config.seeds}: 3 is seeds 0, 1 and 2; 5,7 are those two")
-    seeds = [int(seed) for seed in config.seeds.split(",") if seed] or study.get("seeds", [0])
-    seeds = range(seeds[0]) if config.seeds.isdigit() else seeds
-    folder, evaluate = Path(config.out, Path(files[0]).stem), study.get("evaluate", [])
-    runs = Runs(config, folder, study["base"], arms, seeds, evaluate)
-    commands = runs.commands.values()
+    if config.seeds:
+        seeds = [int(seed) for seed in config.seeds.split(",") if seed]
+        seeds = range(seeds[0]) if config.seeds.isdecimal() else seeds
+    folder, commands = Path(config.out, Path(path).stem), {}  # run folder: words of train.py
+    for seed, arm in product(seeds, arms):  # first all arms of a seed
+        run = folder / arm / f"seed{seed}"
+        commands[run] = shlex.split(f"{base} {arms[arm]} --seed={seed}") + [f"--out_dir={run}"]
     if config.list:
-        return print(*(shlex.join(["python", "train.py", *words]) for words in commands), sep="\n")
-    well = config.report or runs.run_all()
-    if not runs.stopped:
-        report(folder, runs.commands, baseline)
+        return print(*(shlex.join(["python", "train.py", *words]) for words in commands.values()), sep="\n")
+    well = config.report or run_all(config.jobs, commands, evaluate)
+    if not stopped.is_set():
+        report(folder, commands, baseline)
     sys.exit(not well)
 
 if __name__ == "__main__":
