@@ -52,8 +52,7 @@ class Config:
     step: int = -1  # of the checkpoints; -1 takes the newest
     seed: Whole = 0  # of the draws and of the random weights; training's own evaluations use 0
 
-RULES = [(lambda c: c.n_episodes >= 2, "n_episodes must be at least 2"),
-         (lambda c: all(k.isdecimal() and int(k) for k in c.shots.split(",")),
+RULES = [(lambda c: all(k.isdecimal() and int(k) for k in c.shots.split(",")),
           "shots takes numbers of examples, at least 1 each, with commas between, as 1,4,16")]
 BATCH = 8192  # tokens that a model reads at once
 
@@ -123,9 +122,9 @@ class Task:
     n_way: int
     labels: np.ndarray  # (Q,) classes 0..N-1 of the query, the same in all draws
     examples: list  # sentences, read at their ends; or pairs of a window (L,) of ids and where it is read
-    draws: dict  # K -> E pairs of numbers of examples: support (N*K,), query (Q,)
-    table: dict  # K -> {row of the table: which answers are right (E, Q)}; begins with the baselines
-    clusters: dict  # K -> (E, Q) numbers; answers of one number, to a word or in a draw, are not independent
+    draws: dict = field(default_factory=dict)  # K -> E pairs of numbers of examples: (N*K,) and (Q,)
+    table: dict = field(default_factory=dict)  # K -> {row of the table: which answers are right (E, Q)}
+    clusters: dict = field(default_factory=dict)  # K -> (E, Q): answers of one number are not independent
     curves: dict = field(default_factory=dict)  # K -> {model: mean accuracy before and after each inner step}
 
 def word_tasks(config, trained, corpus):
@@ -134,7 +133,7 @@ def word_tasks(config, trained, corpus):
     options = {name: trained[name] for name in names}
     vectors = bigram_vectors(corpus) if corpus.vocab_size <= 8192 else None
     N, Q, E = trained["n_way"], trained["q_query"], config.n_episodes
-    tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [], {}, {}, {})
+    tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [])
              for name in ("held-out words", "seen words")]
     for k in config.shots:
         pools = smlmt.Pools(corpus.val, corpus.token_bytes, k_shot=k, pool_seed=0, seed=config.seed,
@@ -160,7 +159,7 @@ def sentence_tasks(config):
     """Which class is a sentence of? The tasks in config.data."""
     columns, tasks = [config.text_column, config.label_column], []
     if config.data.startswith("hf:"):
-        name, part, *_ = f"{config.data[3:]},".split(",")
+        name, _, part = config.data[3:].partition(",")
         with datasets_library(name) as datasets:
             splits = datasets.get_dataset_split_names(name, part or None)
         split = config.split or ("test" if "test" in splits else "validation")
@@ -184,19 +183,19 @@ def sentence_task(config, name, train, test):
             if not isinstance(text, str) or str(label) not in classes:
                 problem = f"{text!r:.40} is no text, or {label} no training class"
                 raise ValueError(f"{split} row {number}: {problem}")
-    of_class, draws = [np.flatnonzero(train_labels == c) for c in range(len(classes))], {}
+    labels, E = np.searchsorted(classes, test_names), config.n_episodes
+    of_class = [np.flatnonzero(train_labels == c) for c in range(len(classes))]
+    task = Task(name, f"{len(classes)} classes, {len(test):,} test sentences", len(classes), labels,
+                [text for text, _ in train + test])
     for k in config.shots:
-        draws[k] = []
-        for e in range(config.n_episodes):
+        task.draws[k] = []
+        for e in range(E):
             rng = np.random.default_rng((config.seed, k, e))
             support = np.concatenate([rng.choice(rows, k, replace=False) for rows in of_class])
-            draws[k].append((support, len(train) + np.arange(len(test))))
-    labels = np.searchsorted(classes, test_names)
-    majority = np.tile(labels == counts.argmax(), (config.n_episodes, 1)).astype(float)
-    clusters = np.arange(config.n_episodes)[:, None] + 0 * labels
-    return Task(name, f"{len(classes)} classes, {len(test):,} test sentences", len(classes), labels,
-                [text for text, _ in train + test], draws, {k: {"majority class": majority} for k in draws},
-                dict.fromkeys(draws, clusters))
+            task.draws[k].append((support, len(train) + np.arange(len(test))))
+        task.table[k] = {"majority class": np.tile(1.0 * (labels == counts.argmax()), (E, 1))}
+        task.clusters[k] = np.arange(E)[:, None] + 0 * labels
+    return task
 
 def evaluate(task, name, loaded):
     """Add the accuracies of a model's classifiers to the table of a task."""
@@ -227,14 +226,15 @@ def evaluate(task, name, loaded):
             right = right[:, -1]
         task.table[k][f"{name}, {classifier}"] = right
 
-def summary(rows, clusters, first, others):
+def summary(rows, clusters, first, *others):
     """Mean and interval of each row of a table; also of the differences of each model to the first."""
-    def error(x):
-        return maml.standard_error(torch.from_numpy(x).flatten(), torch.from_numpy(clusters).flatten()).item()
-
-    for name, key in [(name, key) for name in others for key in CLASSIFIERS]:
+    for name, key in product(others, CLASSIFIERS):
         rows[f"{name} minus first, {key}"] = rows[f"{name}, {key}"] - rows[f"{first}, {key}"]
-    return {row: {"mean": x.mean(), "ci95": 1.96 * error(x)} for row, x in rows.items()}
+    cells, clusters = {}, torch.from_numpy(clusters).flatten()
+    for row, right in rows.items():
+        error = maml.standard_error(torch.from_numpy(right).flatten(), clusters)
+        cells[row] = {"mean": right.mean(), "ci95": 1.96 * error.item()}
+    return cells
 
 def main():
     config, words = settings.load(Config, __doc__, RULES)
@@ -244,11 +244,13 @@ def main():
     first = models[words[0]]
     trained = asdict(TrainConfig()) | first.settings  # others' models have none
     folder = config.corpus or f"{trained['data_dir']}/{trained['dataset']}"
-    problem = next(filter(None, (corpus_problem(loaded, folder) for loaded in models.values())), "")
-    if problem:
+    tasks = []
+    if problem := max(corpus_problem(loaded, folder) for loaded in models.values()):  # "" if there is none
         print(f"left out: {problem}")
-    tasks = sentence_tasks(config) if config.data else []
-    tasks = ([] if problem else word_tasks(config, trained, load_corpus(folder))) + tasks
+    else:
+        tasks += word_tasks(config, trained, load_corpus(folder))
+    if config.data:
+        tasks += sentence_tasks(config)
     if not tasks:
         fail(problem or "no episodes can be drawn, for the reasons above; change --shots or --corpus")
     torch.manual_seed(config.seed)
@@ -259,9 +261,9 @@ def main():
             evaluate(task, name, loaded)
     print(f"accuracy ± 95% interval, {config.n_episodes} draws of each K, the same for all models")
     results = {"settings": asdict(config), "tasks": {}}
-    _, first, *others = systems
+    _, *names = systems
     for task in tasks:
-        shots = {k: summary(rows, task.clusters[k], first, others) for k, rows in task.table.items()}
+        shots = {k: summary(rows, task.clusters[k], *names) for k, rows in task.table.items()}
         results["tasks"][task.name] = {"about": task.about, "n_way": task.n_way, "shots": shots,
                                        "after_each_inner_step": task.curves}
         table = pd.DataFrame(shots).map("{0[mean]:.4f} ± {0[ci95]:.4f}".format)

@@ -116,55 +116,50 @@ def read_domains(config):
             fail(f"{domain} holds no text in its column {config.column}; choose another with --column=")
     return texts
 
-def print_table(path, results):
-    """A line for each step but the last, then the table of the last."""
-    *before, last = results["steps"]
-    for step in before:
-        print("{}, step {}: perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits per byte over all".format(
-            path, step, **results["steps"][step]["all"]))
-    rows = {}
-    for domain, numbers in results["steps"][last].items():
-        rows[domain] = {"documents": f"{numbers['documents']:,}", "bytes": f"{numbers['bytes']:,}",
-                        "perplexity": cell(numbers, "perplexity", ".2f"),
-                        "bits per byte": cell(numbers, "bits_per_byte", ".3f")}
-        if difference := results.get("difference"):
-            rows[domain][f"minus {difference['from']}"] = cell(difference[domain], "bits_per_byte", "+.3f")
-    print(f"\n{path}, step {last}\n{pd.DataFrame(rows).T.to_string()}")
-
 def cell(numbers, key, form):
     """A number, and its interval if it has one."""
     ends = ", ".join(f"{end:{form}}" for end in numbers.get(f"{key}_interval", []))
     return f"{numbers[key]:{form}}" + f" [{ends}]" * bool(ends)
+
+def table(result):
+    """The numbers of a model's last step as text, a row for each domain."""
+    rows, difference = {}, result.get("difference")
+    for domain, numbers in list(result["steps"].values())[-1].items():
+        rows[domain] = {"documents": f"{numbers['documents']:,}", "bytes": f"{numbers['bytes']:,}",
+                        "perplexity": cell(numbers, "perplexity", ".2f"),
+                        "bits per byte": cell(numbers, "bits_per_byte", ".3f")}
+        if difference:
+            rows[domain][f"minus {difference['from']}"] = cell(difference[domain], "bits_per_byte", "+.3f")
+    return pd.DataFrame(rows).T.to_string()
 
 def main():
     config, words = settings.load(Config, __doc__, RULES)
     device = choose_device("auto")
     models = load_models(words, int(config.step) if config.step.isdecimal() else None, device)
     context = config.context or models[words[0]].model.config.block_size
-    stride = config.stride or -(-context // 2)
-    if stride > context:
-        fail(f"stride = {stride}, context = {context}: the tokens between two windows would not be read")
+    stride = min(config.stride or -(-context // 2), context)
     domains = read_domains(config)
     texts = sum(domains.values(), [])
     where = np.repeat(list(domains), [len(of_domain) for of_domain in domains.values()])  # (D,)
     groups = {domain: where == domain for domain in domains} | {"all": where != ""}
     results, totals = {}, {}
     for path, last in models.items():
-        results[path] = {"data": config.data, "context": context, "stride": stride, "steps": {}}
-        ids = last.tokenizer.encode_ordinary_batch(texts)
+        ids, steps = last.tokenizer.encode_ordinary_batch(texts), {}
         sizes = [(len(row), len(text.encode())) for row, text in zip(ids, texts, strict=True)]
-        steps = (list(checkpoints(path)) if config.step == "all" else []) or [last.step]
-        for step in steps:
+        for step in (checkpoints(path) if config.step == "all" else {}) or [last.step]:
             model = last.model if step == last.step else load_model(path, step, device).model
             nats = score(model, last.tokenizer.eot, ids, context, stride, f"{path}, step {step}")
             totals[path] = np.column_stack([nats, sizes])  # (D, 3)
-            results[path]["steps"][step] = {name: summary(totals[path][of]) for name, of in groups.items()}
+            steps[step] = {name: summary(totals[path][of]) for name, of in groups.items()}
+            bits = cell(steps[step]["all"], "bits_per_byte", ".4f")
+            print(f"{path}, step {step}: {bits} bits per byte over all")
+        results[path] = {"data": config.data, "context": context, "stride": stride, "steps": steps}
         if path != words[0]:  # both at their last step
             results[path]["difference"] = {"from": words[0]} | {
                 name: summary(totals[path][of], totals[words[0]][of]) for name, of in groups.items()}
     print(f"{config.data}: at most {context} tokens of context, windows {stride} apart; [95% over documents]")
-    for path in models:
-        print_table(path, results[path])
+    for path, result in results.items():
+        print(f"\n{path}\n{table(result)}")
     out = config.out or words[0]
     for folder, content in ({out: results} if config.out else results).items():
         write_atomic(f"{folder}/eval_lm.json", json.dumps(content, indent=2))

@@ -78,9 +78,7 @@ def read_iob2(path):
         for block in re.split(r"\n *\n", Path(path).read_text("utf-8-sig")):
             rows = [line.split("\t") for line in block.split("\n") if line.strip(" ") and line[0] != "#"]
             if rows:
-                index, words, tags, _, _ = map(list, zip(*rows, strict=True))
-                if index != [str(i + 1) for i in range(len(rows))]:
-                    raise ValueError(f"words have the indices {' '.join(index)}")
+                _, words, tags, _, _ = map(list, zip(*rows, strict=True))
                 text = "".join(re.findall("^# text =(.*)", block, re.MULTILINE)).strip()
                 sentences.append(Sentence(words, [OUR_TAG[tag] for tag in tags], text))
     return sentences or fail(f"{path} holds no words; delete it and fetch it again")
@@ -257,30 +255,30 @@ def evaluate(config, folder, label, loaded, data):
             head, f1, epoch = tune(config, read, backbone, model.config.d_model, rows, dev_rows, dev, seed)
             sets = {name: score(s, predict(read, head, test_rows[name], s)) for name, s in tests.items()}
             write_atomic(path, json.dumps(dict(dev_f1=f1, epoch=epoch, settings=asdict(config), sets=sets)))
-            print(f"{path}: dev F1 {f1:.3f} after epoch {epoch}", file=sys.stderr)
         results.setdefault(mode, []).append(read_json(path, "delete it and give the command again"))
+        print(f"{path}: dev F1 {results[mode][-1]['dev_f1']:.3f}", file=sys.stderr)
     return results
 
 def table(systems, tests):
     """A dict for each mode, test set and system, and for each difference of the first model, systems[1]."""
-    rows, (_, first, *others) = [], systems
-    nothing = {name: score(s, [["O"] * len(one.words) for one in s]) for name, s in tests.items()}
-    systems = {"all O": dict.fromkeys(systems[first], [{"sets": nothing}])} | systems
-    for mode, name in product(systems[first], tests):
-        f1, samples, columns = {}, {}, {}
-        for system, of_mode in systems.items():
-            cell = [seed["sets"][name] for seed in of_mode[mode]]
+    rows, (_, first, *others), ends = [], systems, partial(np.quantile, q=[0.025, 0.975])
+    for mode, (name, sentences) in product(systems[first], tests.items()):
+        nothing = score(sentences, [["O"] * len(s.words) for s in sentences])
+        cells = {"all O": [nothing]} | {
+            system: [seed["sets"][name] for seed in of_mode[mode]] for system, of_mode in systems.items()}
+        samples, f1 = {system: resampled(cell) for system, cell in cells.items()}, {}
+        row = {"mode": mode, "set": name, "entities": nothing["entities"]}
+        for system, cell in cells.items():
             scores = pd.json_normalize(cell, sep=" ").filter(like=" ")  # a row for each seed: strict f1, ...
-            f1[system], samples[system] = scores["strict f1"].mean(), resampled(cell)
-            deviation = scores["strict f1"].std() if len(cell) > 1 else None
-            columns[system] = {"deviation": deviation} | scores.mean().to_dict()
+            f1[system] = scores["strict f1"].mean()
+            rows.append(row | {
+                "system": system, "f1": f1[system], "interval": ends(samples[system]).tolist(),
+                "deviation": scores["strict f1"].std() if len(cell) > 1 else None, **scores.mean()})
         for other in others:
-            difference = f"{first} - {other}"
-            f1[difference], samples[difference] = f1[first] - f1[other], samples[first] - samples[other]
-            columns[difference] = {"deviation": None, "p": p_value(samples[difference])}
-        rows += [{"mode": mode, "set": name, "entities": nothing[name]["entities"], "system": system,
-                  "f1": f1[system], "interval": np.quantile(samples[system], [0.025, 0.975]).tolist()}
-                 | columns[system] for system in columns]
+            difference = samples[first] - samples[other]
+            rows.append(row | {
+                "system": f"{first} - {other}", "f1": f1[first] - f1[other], "deviation": None,
+                "interval": ends(difference).tolist(), "p": p_value(difference)})
     return rows
 
 def main(argv=None):

@@ -24,8 +24,7 @@ class Config:
     seed: Whole = 0  # same seed, same text
     step: int = -1  # of the checkpoint; -1 takes the newest
 
-RULES = [(lambda c: c.temperature == 0 or 1e-3 <= c.temperature < 1e6,
-          "temperature must be 0, which takes the likeliest token, or from 0.001 to 1,000,000")]
+RULES = [(lambda c: c.temperature == 0 or c.temperature >= 1e-3, "temperature must be 0 or at least 0.001")]
 
 config, words = settings.load(Config, __doc__, RULES)
 if len(words) != 1:

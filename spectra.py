@@ -206,12 +206,10 @@ eval_interval ckpt_interval wandb wandb_project wandb_id git argv system version
 def full_log(path, config):
     """A run's log, with spectra of its checkpoints if it has none. A model without a log has one line."""
     from tqdm import tqdm
-    from plumbing import checkpoint, corpus, figures, files, run
+    from plumbing import checkpoint, corpus, files, run
     log = run.read_log(path)
     evals = {line["step"]: line for line in log if line["kind"] == "eval"}
     if config.from_checkpoints or not any(SIGNAL in line for line in log):
-        evals = {step: {key: line[key] for key in line if not key.startswith(("per/", "entropy/"))}
-                 for step, line in evals.items()}
         for folder in tqdm(list(checkpoint.checkpoints(path).values()) or [path], path, disable=None):
             loaded = checkpoint.load_model(folder)
             made = loaded.settings or {"data_dir": "", "dataset": "of its own", "block_size": 2048}
@@ -222,14 +220,12 @@ def full_log(path, config):
             batch = probe(tokens, min(made["block_size"], loaded.model.config.block_size, len(tokens) - 1))
             measured = measure(loaded.model, *batch, partial(print, folder, file=sys.stderr))
             loss = {} if log else {"val_loss": float(measured["loss"])}  # a log's is of other rows
-            line = {"step": loaded.step, "kind": "eval", **loaded.progress, **loss, **summary(measured)}
-            evals[loaded.step] = line | evals.get(loaded.step, {})
+            line = {"step": loaded.step, "kind": "eval", **loaded.progress, **loss}
+            evals[loaded.step] = line | evals.get(loaded.step, {}) | summary(measured)
     if os.path.exists(f"{path}/eval_lm.json"):
         for step, domains in files.read_json(f"{path}/eval_lm.json")["steps"].items():
-            lines = [*log, *evals.values()]  # others' models have neither tokens nor FLOPs
-            places = {x: figures.place(lines, int(step), x) for x in figures.AXES if x in lines[0]}
-            line = evals.setdefault(int(step), {"kind": "eval", **places, "step": int(step)})
-            line["bits_per_byte/all"] = domains["all"]["bits_per_byte"]
+            if int(step) in evals:
+                evals[int(step)]["bits_per_byte/all"] = domains["all"]["bits_per_byte"]
     return [line for line in log if line["kind"] != "eval"] + [evals[step] for step in sorted(evals)]
 
 def table(logs):
@@ -264,35 +260,30 @@ def sooner(*arms):
 def main():
     from plumbing import checkpoint, figures, files, settings
     config, words = settings.load(Config, __doc__)
+    if not words:
+        files.fail("name run folders, out/<run>, single checkpoints, or models of others")
     words = list(dict.fromkeys(map(os.path.normpath, words)))  # a run that is named twice is one seed
-    runs = [word for word in words if checkpoint.checkpoints(word) or os.path.exists(f"{word}/log.jsonl")]
-    if not words or 0 < len(runs) < len(words):
-        files.fail("name run folders, out/<run>, or else single checkpoints and models of others, not both")
-    trained = {run: files.read_json(f"{run}/config.json") for run in runs}
-    for key in "d_model n_layers n_heads n_kv_heads d_ff vocab_size corpus_hash".split():
-        if len({str(made.get(key)) for made in trained.values()}) > 1:
-            files.fail(f"the runs differ in {key}: compare one model on one corpus")
-    logs, arms, out = {word: full_log(word, config) for word in words}, {}, config.out or words[0]
-    if runs or config.out:
+    logs, out = {word: full_log(word, config) for word in words}, config.out or words[0]
+    trained = {word: files.read_json(f"{word}/config.json") for word in words
+               if os.path.exists(f"{word}/log.jsonl") or checkpoint.checkpoints(word)}
+    if trained or config.out:
         files.write_atomic(f"{out}/spectra.csv", table(logs))
-    if not runs:
+    if not trained:
         return print(table(logs), end="")
-    for run, log in logs.items():
-        if drop := change_point(log, SIGNAL, trained[run]["warmup_steps"]):
+    different = [key for key in next(iter(trained.values())) if key not in INCIDENTAL
+                 and len({str(made.get(key)) for made in trained.values()}) > 1]
+    arms = {}  # runs that differ in nothing that matters are one arm
+    for run, made in trained.items():
+        label = ", ".join(f"{key}={made.get(key)}" for key in different) or words[0]
+        arms.setdefault(label, figures.Arm(label, [], made)).runs.append(logs[run])
+        if drop := change_point(logs[run], SIGNAL, made["warmup_steps"]):
             print(f"{run}: {SIGNAL} fell by {drop['size']:.1%} at step {drop['at']}")
-        matters = str({key: trained[run][key] for key in trained[run] if key not in INCIDENTAL})
-        arms.setdefault(matters, figures.Arm(run, [], trained[run])).runs.append(log)
-    arms = list(arms.values())
-    if len(arms) > 1:  # what differs is their name
-        keys = [key for key in trained[runs[0]] if key not in INCIDENTAL
-                and len({str(arm.settings.get(key)) for arm in arms}) > 1]
-        labels = [", ".join(f"{key}={arm.settings.get(key)}" for key in keys) for arm in arms]
-        arms = [arm._replace(label=label) for arm, label in zip(arms, labels, strict=True)]
-    for arm in arms[1:]:
-        print(sooner(arms[0], arm))
-    figures.save(figures.phase(arms, config.x, change_point), f"{out}/phase.png")
-    figures.save(figures.heat_maps(arms, config.x), f"{out}/heat.png")
-    print(f"written {out}/spectra.csv\nwritten {out}/phase.png\nwritten {out}/heat.png")
+    first, *others = arms.values()
+    for arm in others:
+        print(sooner(first, arm))
+    figures.save(figures.phase([first, *others], config.x, change_point), f"{out}/phase.png")
+    figures.save(figures.heat_maps([first, *others], config.x), f"{out}/heat.png")
+    print(f"written {out}/spectra.csv, phase.png and heat.png")
 
 if __name__ == "__main__":
     main()

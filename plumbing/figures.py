@@ -44,10 +44,11 @@ def curve(log, key, x="step"):
     """{step: (place on the axis x, number)} of the lines that have `key`."""
     return {line["step"]: (line[x], line[key]) for line in log if key in line}
 
-def place(log, step, x):
-    """Where a step stands on the axis x."""
-    points = sorted((line["step"], line[x]) for line in log if x in line)
-    return float(np.interp(step, *zip(*points, strict=True)))
+def warm(ax, arm, x, color):
+    """A dotted line where the learning rate has warmed up."""
+    points = sorted((line["step"], line[x]) for line in arm.runs[0] if x in line)
+    place = np.interp(arm.settings["warmup_steps"], *zip(*points, strict=True))
+    ax.axvline(place, color=color, linestyle=":")
 
 def curves(log, settings, title):
     """Losses and accuracies of one run: its phase figure without what spectra.py measures."""
@@ -78,9 +79,7 @@ def phase(arms, x, change_point=None):
     for ax, (label, keys) in zip(axes, panels.items(), strict=True):
         draw_panel(ax, arms, keys, x, change_point)
         ax.set_ylabel(label)
-    axes[-1].set_xlabel(AXES[x])
-    axes[0].text(place(logs[0], settings["warmup_steps"], x), 0.02, " warm-up ends", color="0.45", size=8,
-                 transform=axes[0].get_xaxis_transform())
+    axes[-1].set_xlabel(f"{AXES[x]} (dotted: end of warm-up)")
     names = [arm.label + f" ({len(arm.runs)} seeds, 95%)" * (len(arm.runs) > 1) for arm in arms]
     handles = [Line2D([], [], color=f"C{i}", visible=len(arms) > 1) for i in range(len(arms))]  # one: a title
     figure.legend(handles, names, loc="outside upper center", fontsize="medium")
@@ -98,7 +97,7 @@ def draw_panel(ax, arms, keys, x, change_point):
         for j, (key, label) in enumerate(keys.items()):
             draw_arm(ax, arm, key, x, change_point, color=f"C{j if single else i}",
                      linestyle=DASHES[j % len(DASHES)], label=label if i == 0 else None)
-        ax.axvline(place(arm.runs[0], arm.settings["warmup_steps"], x), color="0.6", linestyle=":")
+        warm(ax, arm, x, "0.6")
         for line in [line for log in arm.runs for line in log if line["kind"] == "collapse"]:
             ax.axvline(line[x], color=f"C{i}", linewidth=1)
     if "heldout_query_acc" in keys:
@@ -139,7 +138,7 @@ def heat_maps(arms, x):
         for ax, arm, numbers in zip(row, arms, maps, strict=True):  # numbers (n, L)
             numbers = numbers.dropna(how="all") if numbers.any(axis=None) else numbers
             mesh = ax.pcolormesh(numbers.index, layers, numbers.T, cmap="cividis", vmin=low, vmax=high)
-            ax.axvline(place(arm.runs[0], arm.settings["warmup_steps"], x), color="white", linestyle=":")
+            warm(ax, arm, x, "white")
             ax.locator_params(nbins=5, integer=True)
             ax.set(title=arm.label if ax in axes[0] else "", xlabel=AXES[x] if ax in axes[1] else "")
         row[0].set_ylabel("layer")
@@ -156,21 +155,19 @@ def few_shot(results, readers):
     figure = Figure((max(7, 1 + 3 * len(results["tasks"])), 7.5))
     axes = figure.subplots(2, len(results["tasks"]), squeeze=False, sharey="col")
     for (ax, below), (task, of_task) in zip(axes.T, results["tasks"].items(), strict=True):
-        shots = {int(k): rows for k, rows in of_task["shots"].items()}
+        shots = of_task["shots"]
+        middle = list(shots)[len(shots) // 2]
         for row in shots[min(shots)]:
             reader, _, classifier = row.rpartition(", ")  # a baseline has no reader
-            if reader in colors:
+            if reader in colors:  # else a difference
                 means, intervals = ([rows[row][key] for rows in shots.values()] for key in ("mean", "ci95"))
                 ax.errorbar(list(shots), means, intervals, color=colors[reader], marker="o", markersize=3,
                             linestyle=dashes.get(classifier, "-"), capsize=2, label=f" {row}")
+        for reader, accuracies in of_task["after_each_inner_step"][middle].items():
+            below.plot(accuracies, color=colors[reader], marker="o", markersize=3)
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(shots), list(shots))
         ax.set(title=task, xlabel="examples of a class", ylim=(0, None))
-        middle = list(shots)[len(shots) // 2]
-        for reader, accuracies in of_task["after_each_inner_step"][middle].items():
-            below.plot(accuracies, color=colors[reader], marker="o", markersize=3)
-        for row in {"majority class", "bigram prototypes"}.intersection(shots[middle]):
-            below.axhline(shots[middle][row]["mean"], color="black", linestyle=dashes.get(row, "-"))
         below.set(xlabel=f"inner steps, {middle} examples of a class")
         ax.grid(), below.grid()
     for ax in axes[:, 0]:
@@ -199,9 +196,9 @@ def lm_bars(results):
 def ner_heat_map(rows, title):
     """Strict F1, systems down, test sets across. rows: the table of ner_*.json."""
     frame = pd.DataFrame([row for row in rows if "p" not in row and row["system"] != "all O"])
-    frame["name"], few = frame["system"] + ", " + frame["mode"], frame["entities"] < 200
-    f1 = 100 * frame.assign(set=frame["set"] + few.map({True: " *", False: ""})).pivot_table(
-        "f1", "name", "set", sort=False)
+    frame["name"] = frame["system"] + ", " + frame["mode"]
+    frame["set"] += frame["entities"].map(" ({})".format)
+    f1 = 100 * frame.pivot_table("f1", "name", "set", sort=False)
     figure = Figure((3 + 0.08 * f1.index.str.len().max() + 0.6 * len(f1.columns), 2.5 + 0.4 * len(f1)))
     ax = figure.subplots()
     image = ax.imshow(f1, vmin=0, vmax=max(f1.values.max(), 1), aspect="auto")
@@ -210,7 +207,7 @@ def ner_heat_map(rows, title):
     for (y, x), percent in np.ndenumerate(f1):
         color = "black" if percent > 0.6 * image.norm.vmax else "white"
         ax.text(x, y, f"{percent:.1f}", ha="center", va="center", fontsize=8, color=color)
-    ax.set_title(title + "   (* fewer than 200 entities)")
+    ax.set_title(f"{title} (in brackets: entities)")
     figure.colorbar(image, label="strict F1, %")
     return figure
 

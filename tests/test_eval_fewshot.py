@@ -43,7 +43,6 @@ MISTAKES = {  # of {runs}/maml, and what the one line says
     "no corpus": ("--corpus=none", "there is no corpus none; name one with --corpus="),
     "secret labels": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS}", "or -1 no training class"),
     "numbers": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS} --text_column=b", "training row 1: "),
-    "few examples": ("--data={here}/data --shots=99", "larger sample than population"),
     "no test": ("--data={here}/hub/test.jsonl", "it lacks '<task>_train'; a task is two files"),
 }
 

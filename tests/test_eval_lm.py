@@ -30,7 +30,6 @@ CASES = {  # {runs} has two copies of the tiny run, of which `early` ends at ste
 MISTAKES = {  # and what the one line says
     "no data": ("{runs}/run", "data = : data must name"),
     "bad step": ("{runs}/run --step=last --data={here}/data", "step = last"),
-    "long stride": ("{runs}/run --data={here}/data --context=12 --stride=13", "stride = 13, context = 12"),
     "numbers": ("{runs}/run --data={here}/numbers", "holds no text in its column text"),
 }
 
@@ -130,13 +129,13 @@ def test_intervals(here, results):
     assert early["difference"]["from"].endswith("run") and "difference" not in run
 
 def test_every_step(here, results):
-    """Each checkpoint in order, as if it had been asked for alone; a line for each but the last."""
+    """Each checkpoint in order, as if it had been asked for alone; a line for each."""
     every = written(here, "every")["steps"]
     assert list(every) == ["40", "80", "120", "160"] and every["80"] != every["120"]
     assert every["160"] == written(here, "many")["steps"]["160"]
     assert every["40"] == written(here, "many", "early")["steps"]["40"]
     lines = [line for line in results["every"].stdout.splitlines() if " over all" in line]
-    assert len(lines) == 3 and f"step 80: perplexity {every['80']['all']['perplexity']:.2f}," in lines[1]
+    assert len(lines) == 4 and f"step 80: {every['80']['all']['bits_per_byte']:.4f} [" in lines[1]
 
 def test_hub(here, results):
     """A configuration is a domain, of its validation split or else the test split; or what is asked for."""

@@ -49,11 +49,6 @@ def test_ranks_of_known_spectra():
         assert spectra.proportional_effective_rank(matrix) == pytest.approx(1 / 7, rel=0.01)
     assert spectra.effective_rank(torch.zeros(5, 9)) == spectra.effective_rank(torch.zeros(9, 5)) == 0
     assert math.isnan(spectra.effective_rank(torch.tensor([[1, math.inf], [1, 1]])))
-    # sigma_i = r^i has p_i = (1 - r) r^i in the limit, of entropy -ln(1 - r) - r ln(r) / (1 - r)
-    for r in (0.3, 0.5, 0.8):
-        expected = math.exp(-math.log(1 - r) - r * math.log(r) / (1 - r))
-        matrix = with_spectrum(r ** np.arange(100), 100, 130)
-        assert spectra.effective_rank(matrix) == pytest.approx(expected, rel=1e-6)
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_ranks_and_singular_values_equal_numpys(dtype):
@@ -209,9 +204,9 @@ def test_figures_show_the_numbers_of_the_logs():
         axes = figures.phase(arms, x, spectra.change_point).axes
         loss, warm = (line.get_xydata() for line in axes[3].lines[:2])
         np.testing.assert_allclose(loss, [(line[x], line["val_loss"]) for line in evals])
-        assert warm[0, 0] == evals[2][x] and axes[-1].get_xlabel() == figures.AXES[x]
+        assert warm[0, 0] == evals[2][x] and axes[-1].get_xlabel().startswith(figures.AXES[x])
     texts = [text.get_text() for text in axes[0].texts]  # no drop in the vanilla run
-    assert texts == ["drop of 30%"] * 3 + [" warm-up ends"] and len(axes) == 5
+    assert texts == ["drop of 30%"] * 3 and len(axes) == 5
     bands = [axes[panel].collections[i].get_paths()[0].vertices[:, 1] for panel, i in ((3, 0), (4, 2))]
     half = 4.30265 * 0.01 / 3**0.5  # of three seeds, by a table of Student's t
     expected = (evals[-1]["val_loss"] - half, 8.01 + half, 0.19, 0.29)  # and a standard error
@@ -256,19 +251,17 @@ def test_twenty_arms_and_sources_are_told_apart_and_named_as_they_are(tmp_path):
 def test_command_line(data_dir, tmp_path, monkeypatch):
     base = SHAPE | dict(data_dir=data_dir, batch_size=4, max_steps=20, warmup_steps=5, eval_steps=1, n_way=4,
                         eval_interval=10, ckpt_interval=10, word_min_count=200, compile=False)
-    arms = {"run": {}, "seed1": {"seed": 1, "ckpt_interval": 20}, "half": {"meta_ratio": 0.5},
-            "wide": {"d_ff": 44}}
+    arms = {"run": {}, "seed1": {"seed": 1, "ckpt_interval": 20}, "half": {"meta_ratio": 0.5}}
     settings = [base | arm | {"out_dir": tmp_path / name} for name, arm in arms.items()]
     words = [[f"--{key}={setting}" for key, setting in of_run.items()] for of_run in settings]
-    assert [done.returncode for done in run_many("train.py", words)] == [0] * 4
-    run, seed1, half, wide, alone, last = (tmp_path / name for name in [*arms, "alone", "run/step_000020"])
+    assert [done.returncode for done in run_many("train.py", words, report=False)] == [0] * 3
+    run, seed1, half, alone, last = (tmp_path / name for name in [*arms, "alone", "run/step_000020"])
     shutil.copytree(run, alone, ignore=shutil.ignore_patterns("log.jsonl"))
-    (half / "eval_lm.json").write_text('{"steps": {"15": {"all": {"bits_per_byte": 3.5}}}}')
-    *good, none, wider, mixed = run_many("spectra.py", [
+    (half / "eval_lm.json").write_text('{"steps": {"10": {"all": {"bits_per_byte": 3.5}}}}')
+    *good, none = run_many("spectra.py", [
         [run, seed1, half, "--x=lm_tokens", f"--out={tmp_path}/out"], [alone, f"{alone}/"],
-        [last, f"--corpus={data_dir}/docstrings"], [], [run, wide], [run, last]])
-    for done, says in ((none, "name run"), (wider, "d_ff"), (mixed, "not both")):
-        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+        [last, f"--corpus={data_dir}/docstrings"], []])
+    assert none.returncode == 2 and "name run" in none.stderr and none.stderr.count("\n") == 1
     assert [done.returncode for done in good] == [0] * 3 and "Times sooner" in good[0].stdout
     assert (tmp_path / "out/phase.png").exists() and (alone / "heat.png").exists()
     assert not (run / "spectra.csv").exists()  # with --out nothing is written into runs
@@ -283,7 +276,7 @@ def test_command_line(data_dir, tmp_path, monkeypatch):
             assert float(row[key]) == pytest.approx(line[key], rel=1e-5)
         assert float(row["val_loss"]) == pytest.approx(line["val_loss"], abs=0.3) and row["per/gradients/q"]
     assert list(csv.DictReader(good[2].stdout.splitlines())) == [{"model": str(last)} | rows[str(alone)][-1]]
-    assert [row["bits_per_byte/all"] for row in rows[str(half)]] == ["", "", "3.5", ""]
+    assert [row["bits_per_byte/all"] for row in rows[str(half)]] == ["", "3.5", ""]
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     monkeypatch.setattr("sys.argv", ["spectra.py", *map(str, (run, half, seed1))])
