@@ -246,7 +246,7 @@ def causal_attention(q, k, v):
     B, H, T, D = q.shape
     K = k.size(1)
     q = q.reshape(B, K, H // K, T, D) * D**-0.5
-    rows = max(64, -(-T // 8))
+    rows = max(32, -(-T // 8))
     mixed = []
     for first in range(0, T, rows):
         end = min(first + rows, T)
