@@ -5,9 +5,8 @@ Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `ad
 `episode_loss` the sum in line 10, as a mean. First order is their section 5.2. Three departures:
 
 * As a rule only a small head on top of fixed features adapts (ANIL, https://arxiv.org/abs/1909.09157). The
-  backbone then runs once a step instead of once an inner step, and at first order its support features need
-  no graph: `episode_loss`, all episodes at once. Whatever else adapts (`inner_target`) goes through
-  `adapted_loss`, one episode at a time, and the backbone runs in each inner step.
+  backbone then runs once a step, for all episodes at once: `episode_loss`. With another `inner_target` it
+  runs in each inner step, one episode at a time: `adapted_loss`.
 * The last layer of the head is initialised to zero, so that its loss is ln N. Training then moves it;
   evaluations set it to zero again (`fresh_head`).
 * Features are divided by sqrt(d). Those of a final RMSNorm then have a length of about 1, and one inner
@@ -60,9 +59,8 @@ def head_logits(params, features):
 def columns(head, words):
     """The heads of E episodes, cut from one with an output per vocabulary id: N outputs, a leading E.
 
-    For the multi-task control, which does not adapt in training (inner_steps=0). There a word needs an output
-    of its own, since labels that are permuted anew in every episode can be learnt only by adapting. words
-    (E, N): vocabulary ids in label order. Gradients reach the columns in use.
+    For the multi-task control (inner_steps=0). It does not adapt to labels that are dealt out anew, so each
+    word has an output of its own. words (E, N): vocabulary ids in label order.
     """
     last = f"{last_layer(head)}."
     return {name: p[words] if name.startswith(last) else p.expand(len(words), *p.shape)

@@ -99,11 +99,7 @@ def pool(tokens, pool_tokens, seed, refresh, *, eot):
     cell = max(1, pool_tokens // STRETCHES)
     n_cells = -(-len(tokens) // cell)
     cells = np.sort(generator(seed, refresh).choice(n_cells, STRETCHES, replace=False)).tolist()
-    text = np.concatenate([tokens[next_document(c * cell) : next_document((c + 1) * cell)] for c in cells])
-    if len(text) == 0:
-        raise ValueError(f"pool_tokens={pool_tokens} is too small: no document starts in its {STRETCHES} "
-                         "stretches; raise pool_tokens")
-    return text
+    return np.concatenate([tokens[next_document(c * cell) : next_document((c + 1) * cell)] for c in cells])
 
 class Pools:
     """Samplers (with `options`) over a text of any size: one pool at a time, anew every POOL_STEPS steps."""
@@ -148,13 +144,14 @@ class Vocabulary:
         self.ends = np.array([is_letter(text[-1:]) for text in texts])
         self.several = np.array([len(of_token) > 1 for of_token in words])  # bool: it holds several words
         self.is_form = np.array([text[:1] == " " and text[1:].isalpha() for text in texts])  # bool: " word"
-        self.forms = {}  # form -> its token id. Forms are numbered in this order
+        ids = {}  # form -> its token id: of " the" and " The" the lower one, in BPE the commoner
         for i in np.flatnonzero(self.is_form).tolist():
-            self.forms.setdefault(words[i][0], i)  # of " the" and " The" the lower id, in BPE the commoner
-        number = {form: c for c, form in enumerate(self.forms)}
+            ids.setdefault(words[i][0], i)
+        self.number = {form: c for c, form in enumerate(ids)}  # form -> its number
         # the number of a token's word, if it holds one word and that is a form; else -1
-        self.form_of = np.array([number.get(w[0], -1) if len(w) == 1 else -1 for w in words], np.int32)
-        self.heldout = np.array([is_heldout(form) for form in self.forms], bool)  # (forms,)
+        self.form_of = np.array([self.number.get(w[0], -1) if len(w) == 1 else -1 for w in words], np.int32)
+        self.ids = np.array(list(ids.values()), np.int64)  # (forms,)
+        self.heldout = np.array([is_heldout(form) for form in ids], bool)  # (forms,)
 
 class Sampler:
     """Draws episodes from a pool of text. Making one indexes the pool; an episode then is a few gathers.
@@ -182,7 +179,7 @@ class Sampler:
         self.word_min_count, self.word_max_count = word_min_count, word_max_count
         # The index: where words are, from where to where their windows reach, and the groups of windows.
         vocabulary = Vocabulary(token_bytes, 1 + max(len(token_bytes), eot, mask, int(tokens.max(initial=0))))
-        self.canonical = np.array(list(vocabulary.forms.values()), np.int64)  # (forms,) their token ids
+        self.ids = vocabulary.ids
         self._index_windows(*self._index_words(vocabulary, token_bytes))
         self._index_groups(vocabulary.heldout)
 
@@ -211,7 +208,7 @@ class Sampler:
             chunk = tokens[start:end].tobytes()
             if chunk not in known:
                 text = b"".join(token_bytes[i] for i in tokens[start:end]).decode("utf-8", "replace")
-                known[chunk] = [v.form_of[v.forms[word]] for word in words_of(text) if word in v.forms]
+                known[chunk] = [v.number[word] for word in words_of(text) if word in v.number]
             form_read += known[chunk]
             place_read += [start] * len(known[chunk])
         place = np.concatenate([place, np.array(place_read, np.int64)])
@@ -230,7 +227,7 @@ class Sampler:
                              "tokens; lower episode_len")
 
         # Places of words within the frequency range, by word and position.
-        count = np.bincount(form, minlength=len(self.canonical))
+        count = np.bincount(form, minlength=len(self.ids))
         keep = ((self.word_min_count <= count) & (count <= self.word_max_count))[form]
         place, form, whole = place[keep], form[keep], whole[keep]
         order = np.argsort(form * n + place)
@@ -259,7 +256,7 @@ class Sampler:
         A group is the windows of a word in one document or, for a word in too few documents, in one cell of a
         document. Of the cells of FAR + L tokens every other is left out: windows are then at least FAR apart.
         """
-        w, n_forms, windows_per_word = self.windows, len(self.canonical), self.k_shot + self.q_query
+        w, n_forms, windows_per_word = self.windows, len(self.ids), self.k_shot + self.q_query
         documents = np.bincount(w.form[changes(w.form, w.doc)], minlength=n_forms)  # with windows of a form
         cell = (w.place - w.doc_start) // (FAR + self.episode_len)
         cell = np.where((documents < windows_per_word)[w.form], cell, 0)
@@ -280,11 +277,10 @@ class Sampler:
         """
         N, K, Q, words = self.n_way, self.k_shot, self.q_query, self.words[heldout]
         if len(words) < N:
-            raise ValueError(
-                f"n_way={N}, but only {len(words)} {'held-out' if heldout else 'training'} words with "
-                f"{self.word_min_count} to {self.word_max_count} occurrences have {K} + {Q} windows far "
-                "enough apart; lower n_way, k_shot, q_query or word_min_count, raise word_max_count or "
-                "pool_tokens")
+            kind = "held-out" if heldout else "training"
+            raise ValueError(f"n_way={N}, but only {len(words)} {kind} words have {K} + {Q} windows that are "
+                             "far enough apart; lower n_way, k_shot, q_query or word_min_count, raise "
+                             "word_max_count or pool_tokens")
         rng = generator(self.seed, index, int(heldout))
         form = rng.choice(words, N, replace=False)  # in random order: position is label
         group = self.first_group[form, None] + distinct(rng, self.n_groups[form], K + Q)  # (N, K+Q)
@@ -296,7 +292,7 @@ class Sampler:
         label = np.arange(N)
         (support, support_pos), (query, query_pos) = self._cut(windows[:, :K]), self._cut(windows[:, K:])
         return Episode(support, label.repeat(K), support_pos, query, label.repeat(Q), query_pos,
-                       words=self.canonical[form], far_share=float(other_doc.all((1, 2)).mean()))
+                       words=self.ids[form], far_share=float(other_doc.all((1, 2)).mean()))
 
     def _cut(self, windows):
         """Windows (N, k) as masked tokens (N*k, L), and the columns where to read them (N*k,)."""
@@ -321,23 +317,28 @@ def inline(vocabulary, rows, rng, n_episodes, *, n_way, k_shot, q_query):
 
     A causal model's features at a token have not seen the next one. So the tasks need no mask, and no forward
     pass of their own. Asked for are words of training that occur K + Q times in rows (B, T + 1). Returns how
-    many there are; places (E, N, K + Q), which are b T + t for the features of token t in row b; and the
-    words' token ids (E, N). Places and ids are None where there are fewer than N words.
+    many there are and, if they are N, a dict named as an Episode is, of E tasks. Its support (E, N*K) and
+    query (E, N*Q) are places to read: b T + t for the features of token t in row b.
     """
     v, (B, width) = vocabulary, rows.shape
     form = v.form_of[rows[:, 1:-1]]  # (B, T - 1) the word that comes next, or -1
     asked = v.is_form[rows[:, 1:-1]] & ~v.begins[rows[:, 2:]] & ~v.heldout[form]  # and ends there
     place = (np.arange(B)[:, None] * (width - 1) + np.arange(width - 2))[asked]  # (m,)
-    count = np.bincount(form[asked], minlength=len(v.forms))
+    count = np.bincount(form[asked], minlength=len(v.ids))
     first = np.cumsum(count) - count  # of each word, among the places in order of their words
     place = place[np.argsort(form[asked], kind="stable")]
     words = np.flatnonzero(count >= k_shot + q_query)
     if len(words) < n_way:
-        return len(words), None, None
+        return len(words), None
     chosen = np.stack([rng.choice(words, n_way, replace=False) for _ in range(n_episodes)])  # (E, N)
     which = distinct(rng, count[chosen.ravel()], k_shot + q_query).reshape(n_episodes, n_way, -1)
-    ids = np.array(list(v.forms.values()), np.int64)
-    return len(words), place[first[chosen][..., None] + which], ids[chosen]
+    place, label = place[first[chosen][..., None] + which], np.arange(n_way)  # (E, N, K + Q), (N,)
+    return len(words), {
+        "words": v.ids[chosen],
+        "support": place[..., :k_shot].reshape(n_episodes, -1),
+        "query": place[..., k_shot:].reshape(n_episodes, -1),
+        "support_labels": np.tile(label.repeat(k_shot), (n_episodes, 1)),
+        "query_labels": np.tile(label.repeat(q_query), (n_episodes, 1))}
 
 def show(episode, token_bytes, eot, mask):
     """An episode as text to print: examples with their labels, questions in another order, answers."""

@@ -6,15 +6,13 @@
     torchrun --nproc_per_node=8 train.py config/train_570m.py       # one process a GPU
 
 At each step a coin chooses between the two objectives (Africa et al. 2025, arXiv 2508.02189), or both losses
-are added up (--mix). Everything that is drawn is a function of (seed, stream, step). So a resumed run equals
-the run that was never stopped, bit for bit on a CPU. Evaluating more often changes nothing, nor does the
-number of processes that share a step.
-
-Settings are in config/defaults.py. Files, signals and processes are in plumbing/run.py.
+are added up (--mix). All that is drawn is a function of (seed, stream, step): a resumed run equals the run
+that was never stopped, bit for bit on a CPU. Settings are in config/defaults.py, the rest in plumbing/run.py.
 """
 import dataclasses
 import math
 from contextlib import nullcontext
+from functools import partial
 
 from plumbing.files import reading  # first: errors and Ctrl-C end in one line from here on
 from plumbing.run import Run
@@ -36,7 +34,7 @@ corpus = run.load_corpus()  # builds the default corpus on first use
 device = run.device
 
 # --------------------------------------------------------------------------------------------------
-# Model, head, optimizer
+# Model, head, optimizer, schedule
 
 torch.manual_seed(config.seed)
 shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(config, f.name)}
@@ -44,9 +42,9 @@ model = Llama(ModelConfig(**shape, vocab_size=corpus.vocab_size)).to(device)
 if run.compile:
     model.compile_parts()
 # The multi-task control does not adapt, so its head needs an output for each id of the vocabulary.
-multi_task = config.inner_steps == 0
-head = maml.init_head(config.d_model, corpus.vocab_size if multi_task else config.n_way, config.head_layers,
-                      config.head_hidden, torch.Generator().manual_seed(config.seed))
+outputs = config.n_way if config.inner_steps else corpus.vocab_size
+head = maml.init_head(config.d_model, outputs, config.head_layers, config.head_hidden,
+                      torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
 # At a linear head of zeros the loss of N classes is curved by at most 2 / N (features and bias of length 1).
 # So steps below N are stable: config.inner_lr is the step divided by N.
@@ -58,6 +56,14 @@ optimizer = torch.optim.AdamW(
     lr=config.lr, betas=(0.9, 0.95), fused=True)
 autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+
+def lr_at(step):
+    """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    left = (config.max_steps + 1 - step) / (config.max_steps + 1 - config.warmup_steps)  # 1 to 0
+    shares = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return config.lr * shares[config.schedule]
 
 # --------------------------------------------------------------------------------------------------
 # Batches and episodes. Drawing from one stream of random numbers never moves another.
@@ -77,39 +83,35 @@ def get_batch(tokens, starts):
     rows = to_device(np.stack([tokens[i : i + config.block_size + 1] for i in starts]))  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
-def pools(tokens, pool_seed, seed):
-    names = "pool_tokens n_way k_shot q_query episode_len readout word_min_count word_max_count".split()
-    options = {name: getattr(config, name) for name in names}
-    return smlmt.Pools(tokens, corpus.token_bytes, pool_seed=pool_seed, seed=seed, eot=corpus.eot,
-                       mask=corpus.mask, **options)
-
-train_pools = pools(corpus.train, (config.seed, POOL), (config.seed, EPISODES))
-val_pools = pools(corpus.val, 0, 0)  # the same episodes for every run and seed
+names = "pool_tokens n_way k_shot q_query episode_len readout word_min_count word_max_count".split()
+pools = partial(smlmt.Pools, token_bytes=corpus.token_bytes, eot=corpus.eot, mask=corpus.mask,
+                **{name: getattr(config, name) for name in names})
+train_pools = pools(corpus.train, pool_seed=(config.seed, POOL), seed=(config.seed, EPISODES))
+val_pools = pools(corpus.val, pool_seed=0, seed=0)  # the same episodes for every run and seed
 vocabulary = smlmt.Vocabulary(corpus.token_bytes, corpus.vocab_size)
 
 def training_episode(step, number):
-    with reading(f"episodes from {config.dataset}", "see --help for these settings"):
-        episode = train_pools.sampler(step).episode((step, number))
+    episode = train_pools.sampler(step).episode((step, number))
     if config.shuffle_labels:
         labels = rng(SHUFFLE, step, number).permutation(episode.support_labels)
         episode = dataclasses.replace(episode, support_labels=labels)
     return episode
 
-if config.meta_ratio and config.mix != "inline" and not config.resume:
-    training_episode(1, 0)  # a text without episodes is reported before the run begins
+if config.meta_ratio and config.mix != "inline":  # a text without episodes is reported before the run begins
+    with reading(f"episodes from {config.dataset}", "see --help for these settings"):
+        training_episode(1, 0)
 
 # --------------------------------------------------------------------------------------------------
-# The two objectives. A language-model step predicts the next token. A meta step takes few-shot tasks:
-# which of N words was masked here? On a task's support set a small head adapts by gradient descent, the
-# inner loop. The adapted head's loss on the query set is the meta loss. Its gradient, the outer loop,
-# trains the model, and the head's start, to be easy to adapt. At first order (Finn et al. 2017, section
-# 5.2) the support features are constants, so the model learns from the query set alone. One AdamW makes
-# the steps of both kinds.
+# The two objectives. A language-model step predicts the next token. A meta step takes few-shot tasks: which
+# of N words was masked here? On a task's support set a small head adapts by gradient descent, the inner loop.
+# Its loss on the query set then is the meta loss. The gradient of that, the outer loop, trains the model, and
+# the head's start, to be easy to adapt. At first order (Finn et al. 2017, section 5.2) the support features
+# are constants, so the model learns from the query set alone.
 
 def lm_step(step, inline=False):
     """Next-token prediction. Leaves gradients in `params`; returns this process's share of the numbers."""
     starts = rng(ROWS, step).integers(len(corpus.train) - config.block_size, size=config.batch_size)
-    total = {"lm_loss": torch.zeros((), device=device)}
+    total = {"lm_loss": 0.0}
     for part in run.micro_batches(config.batch_size, "lm"):
         idx, targets = get_batch(corpus.train, starts[part])
         with autocast:
@@ -128,11 +130,11 @@ def meta_step(step):
     total, weight = {}, config.meta_weight if config.mix == "joint" else 1
     for part in run.micro_batches(config.episodes_per_step, "meta"):
         episodes = [training_episode(step, number) for number in range(part.start, part.stop)]
-        loss, numbers = run_episodes(episodes, head, columns=multi_task)
-        scaler.scale(weight * loss * (len(episodes) / config.episodes_per_step)).backward()
+        loss, numbers = run_episodes(episodes, head)
+        share = len(episodes) / config.episodes_per_step
+        scaler.scale(weight * loss * share).backward()
         numbers["far_share"] = to_device([episode.far_share for episode in episodes], np.float32)
-        for name, values in numbers.items():
-            total[name] = total.get(name, 0) + values.mean() * (len(episodes) / config.episodes_per_step)
+        total = {name: total.get(name, 0) + values.mean() * share for name, values in numbers.items()}
     return total
 
 def inline_loss(step, starts, features, first):
@@ -141,35 +143,33 @@ def inline_loss(step, starts, features, first):
     features (B, T, C): of this process's rows, which begin at place `first` of the step's.
     """
     rows = np.stack([corpus.train[i : i + config.block_size + 1] for i in starts])
-    found, places, words = smlmt.inline(vocabulary, rows, rng(EPISODES, step), config.episodes_per_step,
-                                        n_way=config.n_way, k_shot=config.k_shot, q_query=config.q_query)
-    numbers = {"inline_words": torch.full((1,), float(found), device=device)}
-    if places is None:  # a plain language-model step
+    found, tasks = smlmt.inline(vocabulary, rows, rng(EPISODES, step), config.episodes_per_step,
+                                n_way=config.n_way, k_shot=config.k_shot, q_query=config.q_query)
+    numbers = {"inline_words": torch.full((), float(found), device=device)}
+    if tasks is None:  # a plain language-model step
         return 0.0, numbers
-    features, places = features.flatten(0, 1), to_device(places) - first
-    mine = (places >= 0) & (places < len(features))
-    own = features[places.clamp(0, len(features) - 1)] * mine[..., None]  # (E, N, K + Q, C)
-    read = run.all_reduce(own.detach().clone()) + own - own.detach()  # others': no gradient here
-    support, query = (part.flatten(1, 2) for part in read.split((config.k_shot, config.q_query), dim=2))
-    label = np.arange(config.n_way)
-    support_labels, query_labels = (np.stack([label.repeat(n)] * len(words))
-                                    for n in (config.k_shot, config.q_query))
     if config.shuffle_labels:
-        support_labels = [rng(SHUFFLE, step, i).permutation(row) for i, row in enumerate(support_labels)]
-    e = {"words": words, "support_labels": support_labels, "query_labels": query_labels}
-    e = {name: to_device(of_all) for name, of_all in e.items()}
-    # All processes have this same loss, so that each gives a part of the head's gradient.
-    start = {name: p.detach() + (p - p.detach()) / run.world for name, p in head.items()}
-    loss, of_episodes = head_loss(start, e, support, query, columns=multi_task)
-    return loss, numbers | of_episodes
+        for number, labels in enumerate(tasks["support_labels"]):
+            labels[:] = rng(SHUFFLE, step, number).permutation(labels)
+    e = {name: to_device(of_all) for name, of_all in tasks.items()}
 
-def head_loss(head, e, support, query, columns=False, steps=config.inner_steps):
+    def read(places):  # (E, M) places of the step -> features (E, M, C), those of other processes constants
+        own = features.flatten(0, 1)
+        mine = (places >= first) & (places < first + len(own))
+        own = own[(places - first).clamp(0, len(own) - 1)] * mine[..., None]
+        return run.all_reduce(own.detach().clone()) + run.world * (own - own.detach())
+
+    # All processes have this same loss; each gives the gradient of its own features and a part of the head's.
+    loss, of_episodes = head_loss(head, e, read(e["support"]), read(e["query"]))
+    return loss / run.world, numbers | of_episodes
+
+def head_loss(head, e, support, query, steps=config.inner_steps):
     """Mean query loss of E episodes after adaptation of the head, given features, and numbers to log."""
-    start = maml.columns(head, e["words"]) if columns else head
+    start = head if steps else maml.columns(head, e["words"])
     return maml.episode_loss(start, support, e["support_labels"], query, e["query_labels"],
                              lr=inner_step, steps=steps, first_order=not config.second_order)
 
-def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
+def run_episodes(episodes, head, steps=config.inner_steps):
     """Mean query loss of E episodes after adaptation, and numbers to log: episode_loss tells which."""
     names = [field.name for field in dataclasses.fields(smlmt.Episode) if field.name != "far_share"]
     e = {name: to_device(np.stack([getattr(one, name) for one in episodes])) for name in names}  # (E, ...)
@@ -183,7 +183,7 @@ def run_episodes(episodes, head, columns=False, steps=config.inner_steps):
         support = features(e["support"], e["support_pos"])
     with autocast:
         query = features(e["query"], e["query_pos"])
-    return head_loss(head, e, support, query, columns, steps)
+    return head_loss(head, e, support, query, steps)
 
 # What adapts besides the head: parameters of `reader`, the model read at one position of each row.
 reader, target = maml.inner_target(model, config.target, config.target_layers)
@@ -224,23 +224,12 @@ def train_step(step):
     return lm_step(step) | meta_step(step) if config.mix == "joint" else lm_step(step, inline=True)
 
 # --------------------------------------------------------------------------------------------------
-# Schedule
-
-def lr_at(step):
-    """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    left = (config.max_steps + 1 - step) / (config.max_steps + 1 - config.warmup_steps)  # 1 to 0
-    cosine = 0.5 - 0.5 * math.cos(math.pi * left)
-    return config.lr * {"constant": 1.0, "linear": left, "cosine": cosine}[config.schedule]
-
-# --------------------------------------------------------------------------------------------------
 # Evaluation, on rows and episodes that do not change. It takes no random numbers from training.
 
 no_val_episodes = val_pools.problem(heldout=True)
 if no_val_episodes:
     run.print(f"data    no episodes in evaluations: {no_val_episodes}")
-sources = corpus.sources if len(corpus.sources) > 1 else {}  # the loss of a single one is the loss
+probe = [to_device(of_all) for of_all in spectra.probe(corpus.val, config.block_size)]  # inputs, targets
 
 def val_loss(span):
     """Mean loss on rows spread evenly over the validation tokens of a span (first, last)."""
@@ -259,41 +248,37 @@ def evaluate(n_episodes):
     run.read()  # so that no step is charged with the evaluation
     loss = run.within_memory(val_loss, (0, len(corpus.val)))
     numbers = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * corpus.val_tokens_per_byte}
-    for name, (first, last) in sources.items():
-        if last - first > config.block_size:
+    for name, (first, last) in corpus.sources.items():
+        if len(corpus.sources) > 1 and last - first > config.block_size:
             numbers[f"val_loss/{name}"] = val_loss((first, last))
     fresh = maml.fresh_head(head, config.n_way)
     wanted = {} if no_val_episodes else {"val_query_acc": False, "heldout_query_acc": True}
     for key, heldout in wanted.items():
-        shape = n_episodes, config.n_way * config.q_query
-        before, after = torch.zeros(2, *shape, device=device)
-        words = torch.zeros(shape, dtype=torch.int64, device=device)
+        answers = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
         for i in range(run.rank, n_episodes, run.world):
             episode = val_pools.sampler(0).episode(i, heldout)
-            _, of_episode = run_episodes([episode], fresh, steps=config.inner_steps or 10)
-            before[i], after[i] = of_episode["query_acc_before"], of_episode["query_acc"]
-            words[i] = to_device(episode.words.repeat(config.q_query))
-        before, after, words = (run.all_reduce(of_all).flatten().cpu() for of_all in (before, after, words))
+            _, right = run_episodes([episode], fresh, steps=config.inner_steps or 10)
+            answers[0, i], answers[1, i] = right["query_acc_before"], right["query_acc"]
+            answers[2, i] = to_device(episode.words.repeat(config.q_query))
+        before, after, words = run.all_reduce(answers).flatten(1).cpu()
         numbers |= {key: after.mean().item(), f"{key}_before": before.mean().item(),
                     f"{key}_se": maml.standard_error(after, words).item()}  # there are few held-out words
-    idx, _ = spectra.probe(corpus.val, config.block_size)
-    return numbers | spectra.summary(spectra.measure(model, to_device(idx), complain=run.print))
+    return numbers | spectra.summary(spectra.measure(model, probe[0]))
 
 # --------------------------------------------------------------------------------------------------
 # The loop
 
-step = run.start(model, head, optimizer, scaler)  # 0, or the step of the newest checkpoint
+first = step = run.start(model, head, optimizer, scaler)  # 0, or the step of the newest checkpoint
 while True:
-    last = step == config.max_steps
+    last = step >= config.max_steps
     if (last or step % config.eval_interval == 0) and step not in run.evals:
         run.log_eval(step, evaluate(n_episodes=64 if last else 8))
         if config.on_collapse != "off" and not run.collapse:
             drop = spectra.change_point(run.evals.values(), spectra.SIGNAL, config.warmup_steps)
             run.log_collapse(step, drop)
     last = last or (config.on_collapse == "stop" and bool(run.collapse))
-    if step > run.first_step and (last or run.stopping or step % config.ckpt_interval == 0):
-        batch = map(to_device, spectra.probe(corpus.val, config.block_size))
-        run.save(step, spectra.measure(model, *batch, complain=run.print) if run.rank == 0 else {})
+    if step > first and (last or run.stopping or step % config.ckpt_interval == 0):
+        run.save(step, spectra.measure(model, *probe))
     if last or run.stopping:
         break
 

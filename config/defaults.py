@@ -65,13 +65,6 @@ class Config:
     ckpt_interval: Count = 500  # steps between checkpoints
     log_interval: Count = 1  # steps between printed lines; log.jsonl has every step
 
-def layers_exist(config):
-    """Whether target_layers names blocks of the model."""
-    return set(config.target_layers.split(",")) <= {"", *map(str, range(config.n_layers))}
-
-def evaluations_after_warmup(config):
-    return (config.max_steps - config.warmup_steps) // config.eval_interval + 1
-
 RULES = [  # (what must hold, the sentence that says so); an error shows the settings that the sentence names
     (lambda c: c.lr < 1, "lr must be below 1; the paper has 3e-4"),
     (lambda c: c.d_model % (2 * c.n_heads) == 0, "d_model must divide into n_heads heads of an even width"),
@@ -79,17 +72,17 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.n_way >= 2, "n_way must be at least 2"),
     (lambda c: c.episode_len >= 16, "episode_len must be at least 16"),
     (lambda c: c.inner_lr < 4, "inner_lr is for each word now: what was 10 for 16 words is 0.625"),
-    (layers_exist, "target_layers are numbers of blocks below n_layers, as 0,1,5; empty is all"),
+    (lambda c: set(c.target_layers.split(",")) <= {"", *map(str, range(c.n_layers))},
+     "target_layers are numbers of blocks below n_layers, as 0,1,5; empty is all"),
     (lambda c: c.target != "head" or not c.target_layers, "target_layers needs a target in the blocks"),
     (lambda c: c.target == "head" or c.inner_steps, "target does not adapt when inner_steps is 0"),
     (lambda c: c.meta_ratio or c.readout != "mask",
      "readout=mask needs a meta_ratio above 0, since only meta steps show <|mask|> to the model"),
-    (lambda c: c.meta_weight >= 0, "meta_weight must not be negative"),
     (lambda c: c.mix == "alternate" or c.meta_ratio, "mix=joint and mix=inline need a meta_ratio above 0"),
     (lambda c: c.mix != "inline" or (c.target, c.readout, c.micro_batch_size) == ("head", "before", 0),
      "mix=inline reads a step's own rows: it needs target=head, readout=before and micro_batch_size=0"),
     (lambda c: c.meta_ratio or c.on_collapse in ("off", "stop"),
      "on_collapse switches meta steps on or off, but meta_ratio has none"),
-    (lambda c: c.on_collapse == "off" or evaluations_after_warmup(c) >= 12,
+    (lambda c: c.on_collapse == "off" or c.max_steps - c.warmup_steps >= 11 * c.eval_interval,
      "on_collapse needs 12 evaluations after warmup_steps; lower eval_interval"),
 ]

@@ -1,6 +1,6 @@
 """How a program ends with one line, how a file is written whole or not at all, how a folder is locked.
 
-Importing this module changes what an error prints. Scripts import it before torch: then Ctrl-C is quiet soon.
+Scripts import this before torch, so that Ctrl-C is quiet from then on.
 """
 import atexit
 import contextlib
@@ -40,10 +40,9 @@ def reading(path, remedy):
 
 def report(kind, error, trace):
     """What an exception that nobody caught prints: one line if it is a user's matter, else a traceback."""
-    text = str(error)
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
-    elif issubclass(kind, MemoryError) or "out of memory" in text or "allocate memory" in text:
+    elif issubclass(kind, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
         print("error: out of memory: lower micro_batch_size, micro_episodes or block_size", file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):
         pass  # there is nobody to tell
@@ -67,9 +66,8 @@ def flush_output():
 
 def on_signals(handler):
     """Call handler(number, frame) at Ctrl-C, kill or a closed terminal, unless it is ignored (nohup)."""
-    for kind in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, kind, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows: none
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 # --------------------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
-"""A training run on disk and among processes: folder, log, resuming, signals, wandb, and the final report.
-
-The loop itself is in train.py.
-"""
+"""A training run on disk and among processes: folder, log, resuming, signals. The loop is in train.py."""
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -14,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -31,18 +30,17 @@ from plumbing.machine import choose_device, choose_dtype, not_compiled, peak_mem
 MAY_CHANGE = set("""out_dir data_dir device dtype compile resume micro_batch_size micro_episodes max_steps lr
 eval_interval eval_steps ckpt_interval log_interval wandb wandb_project""".split())
 BUDGETS = "lm_tokens episode_tokens support_tokens query_tokens flops seconds".split()
+SHOWN = "lm_loss meta_loss query_acc_before query_acc inline_words lr grad_norm skipped loss_scale".split()
 
 class Run:
     """What train.py asks for: device, dtype, compile, rank, world; stopping, evals and collapse so far."""
 
     def __init__(self, config):
-        self.config, self.tracker, self.log_file = config, None, None
+        self.config, self.tracker, self.log_file, self.signal, self.stopping = config, None, None, None, False
         # What torchrun sets; without an address to meet at, it is a stray of something else.
         launch = os.environ if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() else {}
         self.rank, local_rank = (int(launch.get(key) or 0) for key in ("RANK", "LOCAL_RANK"))
         self.world = int(launch.get("WORLD_SIZE") or 1)
-        self.signal, self.stopping, self.clock = None, False, None
-        on_signals(self.stop)
         shared = config.episodes_per_step if config.meta_ratio and config.mix != "inline" else self.world
         if self.world > min(config.batch_size, shared):
             fail(f"{self.world} processes cannot share a smaller batch_size or episodes_per_step")
@@ -64,13 +62,13 @@ class Run:
     def open_folder(self):
         """Lock the run folder, which must hold a run if it is to be resumed, and none otherwise."""
         folder, resume = Path(self.config.out_dir), self.config.resume
-        if resume and not (folder / "config.json").exists():
+        named, logged = ((folder / name).exists() for name in ("config.json", "log.jsonl"))
+        if resume and not named:
             fail(f"resume = True, but {folder} holds no run; check --out_dir, or leave --resume out")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        begun = any(line["step"] for line in read_log(folder)) or not (folder / "log.jsonl").exists()
-        begun = begun and (folder / "config.json").exists()  # a run without a step may be begun again
-        if not resume and (begun or checkpoints(folder)):
+        has_steps = any(line["step"] for line in read_log(folder))  # without any, it may be begun again
+        if not resume and (has_steps or checkpoints(folder) or named and not logged):  # or it is a model's
             fail(f"{folder} already holds a run: continue it with --resume=True, or take another --out_dir")
         for path in folder.glob("*.tmp"):  # of a process that was killed while it saved
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -96,7 +94,7 @@ class Run:
         self.model, self.head, self.optimizer, self.scaler = model, head, optimizer, scaler
         self.params = dict(model.named_parameters())
         self.params |= {f"head.{name}": p for name, p in head.items() if p.requires_grad}
-        self.progress, self.costs = dict.fromkeys(BUDGETS, 0), costs(self.config, model, head)
+        self.progress, self.costs = Counter(dict.fromkeys(BUDGETS, 0)), costs(self.config, model)
         step, lines = self.resume() if self.config.resume else (0, [])
         self.evals = {line["step"]: line for line in lines if line["kind"] == "eval"}
         self.collapse = next((line for line in lines if line["kind"] == "collapse"), None)
@@ -106,22 +104,18 @@ class Run:
             self.write_folder(lines)
         self.choose_micro_batches(model)
         self.first_step, self.skipped, self.unread, self.clock = step, 0, [], time.perf_counter()
+        on_signals(self.stop)  # until here they end the process at once: nothing was begun
         return step
 
     def resume(self):
         """Load the newest checkpoint; returns its step and the lines of the log up to it."""
         config, begun = self.config, read_json(f"{self.config.out_dir}/config.json")
-        may_change = MAY_CHANGE - {"eval_interval"} if config.on_collapse != "off" else MAY_CHANGE
         for key, setting in (dataclasses.asdict(config) | {"corpus_hash": self.corpus.hash}).items():
-            if key not in may_change and begun.get(key, setting) != setting:
+            if key not in MAY_CHANGE and begun.get(key, setting) != setting:
                 fail(f"cannot resume with {key} = {setting}: the run was begun with {key} = {begun[key]}")
-            if key in ("lr", "max_steps") and begun.get(key) != setting:
-                self.print(f"resume  {key} was {begun.get(key)} and is {setting} from here on")
         step = max(checkpoints(config.out_dir), default=0)
         if not step:
             return 0, []  # it was stopped before its first checkpoint
-        if step > config.max_steps:
-            fail(f"max_steps = {config.max_steps}, but {config.out_dir} is at step {step} already")
         loaded = load_model(config.out_dir)
         with reading(loaded.path, "delete this folder to resume from the step before"), torch.no_grad():
             check_sha256(loaded.path, loaded.state, "optimizer.safetensors")
@@ -133,7 +127,7 @@ class Run:
                 kind, _, name = key.partition("/")
                 self.optimizer.state[self.params[name]][kind] = moment.to(self.device)
             self.scaler.load_state_dict(loaded.state["scaler"] or self.scaler.state_dict())
-            self.progress = {key: loaded.progress[key] for key in BUDGETS}
+            self.progress.update({key: loaded.progress[key] for key in BUDGETS})
         self.print(f"resume  {config.out_dir} after step {step}")
         return step, read_log(config.out_dir, up_to=step)
 
@@ -148,17 +142,17 @@ class Run:
         made = dataclasses.asdict(self.config) | {
             "vocab_size": self.corpus.vocab_size, "corpus_hash": self.corpus.hash, "system": system,
             "git": git, "argv": sys.argv[1:], "versions": {"python": platform.python_version(), **versions}}
-        wandb_id = read_json(f"{folder}/config.json").get("wandb_id") if self.config.resume else None
+        made["wandb_id"] = read_json(f"{folder}/config.json").get("wandb_id") if self.config.resume else None
         if self.config.wandb:
             with reading("Weights & Biases", f"WANDB_MODE=offline keeps the records in {folder}/wandb"):
                 import wandb
+                quiet = wandb.Settings(init_timeout=30, silent=True)
                 self.tracker = wandb.init(
-                    project=self.config.wandb_project, name=os.path.basename(os.path.abspath(folder)),
-                    id=wandb_id, resume="allow", dir=folder, config=made,
-                    settings=wandb.Settings(init_timeout=30, silent=True))
-            wandb_id = self.tracker.id
+                    project=self.config.wandb_project, name=Path(folder).absolute().name, id=made["wandb_id"],
+                    resume="allow", dir=folder, config=made, settings=quiet)
+            made["wandb_id"] = self.tracker.id
         write_atomic(f"{folder}/log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        write_atomic(f"{folder}/config.json", json.dumps(made | {"wandb_id": wandb_id}, indent=2))
+        write_atomic(f"{folder}/config.json", json.dumps(made, indent=2))
         self.log_file = open(f"{folder}/log.jsonl", "ab", buffering=0)
 
     # Processes, signals, memory
@@ -190,11 +184,8 @@ class Run:
             self.all_reduce(torch.zeros(1, device=self.device)).item()
 
     def stop(self, number, frame):
-        """A signal: the loop finishes its step, saves, and leaves. Before the loop, or twice: at once."""
+        """A signal: the loop finishes its step, saves, and leaves. A second one ends the process at once."""
         signal.signal(number, signal.SIG_DFL)
-        if self.clock is None:
-            self.print("\nstopped before the first step; nothing was begun")
-            sys.exit(128 + number)
         self.signal = signal.Signals(number)
         self.print(f"\n{self.signal.name}: saving after this step (once more to leave at once)")
 
@@ -266,34 +257,29 @@ class Run:
             self.write_step(*self.unread.pop(0))
 
     def write_step(self, step, names, values, there, lr):
-        """Read, check, log and print one step; ends the run if its loss or norm is not finite."""
+        """Check, log and print the numbers of a step. What is not finite ends the run."""
         there.synchronize()
         *values, asked, norm = values.tolist()
         self.stopping, line = bool(asked), dict(zip(names, values, strict=True))
         losses = {key: line[key] for key in ("lm_loss", "meta_loss") if key in line}
-        kind = "joint" if len(losses) == 2 else next(iter(losses))[: -len("_loss")]
-        text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        seconds, costs, finite = self.tick(), self.costs[kind], math.isfinite(sum(losses.values()) + norm)
-        self.skipped = 0 if finite else self.skipped + 1
+        finite = math.isfinite(sum(losses.values()) + norm)
+        self.skipped = 0 if finite else self.skipped + 1  # float16 may overflow for some steps
         if self.skipped == (20 if self.scaler.is_enabled() else 1):
-            self.not_finite(step, f"{text}, gradient norm {norm}")
-        self.progress |= {key: self.progress[key] + amount for key, amount in costs.items()}
-        speed = (costs.get("lm_tokens", 0) + costs.get("episode_tokens", 0)) / seconds
-        overflow = {} if finite else {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
-        line |= {"lr": lr, **(overflow or {"grad_norm": norm})}
+            self.not_finite(step, text_of(losses | {"grad_norm": norm}))
+        overflow = {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
+        line |= {"lr": lr} | ({"grad_norm": norm} if finite else overflow)
+        kind = "joint" if len(losses) == 2 else next(iter(losses)).removesuffix("_loss")
+        seconds = self.tick()
+        self.progress.update(self.costs[kind])  # adds
+        speed = (self.costs[kind]["lm_tokens"] + self.costs[kind]["episode_tokens"]) / seconds
         self.log({"step": step, "kind": kind, **line, **self.progress, "tokens_per_second": speed})
         # Seconds of a step, a running mean. The first ones compile and say nothing of the others.
         self.pace = seconds if step < self.first_step + 3 else 0.95 * self.pace + 0.05 * seconds
-        if step % self.config.log_interval and step != self.config.max_steps and finite:
-            return
-        if "meta_loss" in line:
-            text += "  query_acc {query_acc_before:.3f}->{query_acc:.3f}".format_map(line)
-        elif "inline_words" in line:
-            text += "  no tasks: {inline_words:.0f} words occur often enough".format_map(line)
-        how = f"lr {lr:.2e}  norm {norm:.2f}" if finite else f"skipped: float16 overflow, {overflow}"
-        left = int(self.pace * (self.config.max_steps - step))
-        self.print(f"step {step:6d}/{self.config.max_steps}  {text}  {how}  "
-                   f"{speed / 1e3:.1f}k tok/s  left {left // 60}m{left % 60:02d}s")
+        if step % self.config.log_interval == 0:
+            left = int(self.pace * (self.config.max_steps - step))
+            shown = text_of({key: line[key] for key in SHOWN if key in line})
+            self.print(f"step {step:6d}/{self.config.max_steps}  {shown}  "
+                       f"{speed / 1e3:.1f}k tok/s  left {left // 60}m{left % 60:02d}s")
 
     def tick(self):
         """Seconds since the last call; progress["seconds"] adds them up, over interruptions too."""
@@ -345,27 +331,23 @@ class Run:
         """A sampled paragraph, the result, and curves.png."""
         if self.rank:
             return
-        config, eot = self.config, self.corpus.eot
-        rng = torch.Generator(self.device).manual_seed(config.seed)
+        folder, eot, rng = self.config.out_dir, self.corpus.eot, torch.Generator(self.device).manual_seed(0)
         with autocast, torch.compiler.set_stance("force_eager"):  # each length would be compiled
             idx = torch.tensor([[eot]], device=self.device)
             ids = self.model.generate(idx, 160, temperature=0.8, top_k=50, generator=rng)[0, 1:].tolist()
         ids = ids[: [*ids, eot].index(eot)]
         self.print(f"\n{self.corpus.tokenizer.decode(ids).strip()}\n")
-        numbers = self.evals[max(self.evals)] | {"chance": 1 / config.n_way, "GiB": peak_memory(self.device)}
+        numbers = self.evals[max(self.evals)] | {"GiB": peak_memory(self.device), "n_way": self.config.n_way}
         self.print("result  val_loss {val_loss:.4f}, {val_bits_per_byte:.4f} bits per byte, "
                    "after {step:,} steps, {lm_tokens:,} LM tokens, {episode_tokens:,} episode tokens, "
                    "{flops:.2e} FLOPs, {seconds:.0f} s, peak memory {GiB:.2f} GiB".format_map(numbers))
         if "heldout_query_acc" in numbers:
             self.print("result  held-out words: query accuracy {heldout_query_acc:.3f} ± "
-                       "{heldout_query_acc_se:.3f} after adaptation, {heldout_query_acc_before:.3f} before, "
-                       "chance {chance:.3f}".format_map(numbers))
-        path, title = f"{config.out_dir}/curves.png", f"{config.out_dir} after {numbers['step']:,} steps"
-        figures.save(figures.curves(read_log(config.out_dir), dataclasses.asdict(config), title), path)
-        self.print(f"curves  {path}\nrun     {config.out_dir}")
-        if self.tracker:
-            import wandb
-            self.tracker.log({"curves": wandb.Image(path)}, step=numbers["step"])
+                       "{heldout_query_acc_se:.3f} after adaptation, chance 1/{n_way}".format_map(numbers))
+        title = f"{folder} after {numbers['step']:,} steps"
+        figure = figures.curves(read_log(folder), dataclasses.asdict(self.config), title)
+        figures.save(figure, f"{folder}/curves.png")
+        self.print(f"curves  {folder}/curves.png\nrun     {folder}")
 
     def finish(self, done):
         self.barrier()  # none leaves while another still speaks
@@ -381,10 +363,13 @@ def read_log(folder, up_to=math.inf):
         lines = json.loads(b"[" + b",\n".join(texts) + b"]")  # an error then names the line
         return [line for line in lines if line["step"] <= up_to and line["kind"]]
 
-def costs(config, model, head):
+def text_of(numbers):
+    return "  ".join(f"{key} {number:.4g}" for key, number in numbers.items())
+
+def costs(config, model):
     """Tokens and FLOPs of a step of each kind. Padding is computed on, so it counts."""
     tokens = config.batch_size * config.block_size
-    lm = {"lm_tokens": tokens, "flops": tokens * model.flops_per_token(config.block_size, True, True)}
+    lm = Counter(lm_tokens=tokens, flops=tokens * model.flops_per_token(config.block_size, True, True))
     windows = config.episodes_per_step * config.n_way  # for one shot
     support, query = (windows * shots * config.episode_len for shots in (config.k_shot, config.q_query))
     forward, both = (model.flops_per_token(config.episode_len, backward, False) for backward in (False, True))
@@ -392,12 +377,10 @@ def costs(config, model, head):
     if config.target != "head":  # the model runs in each inner step; then come the numbers to log
         inner = config.inner_steps * both * (3 if config.second_order else 1)
         flops = support * (inner + 2 * forward) + query * (both + forward)
-    *_, weight, bias = head.values()  # the last layer; the multi-task control's has more than are used
-    unused = (len(bias) - config.n_way) * (weight.shape[1] + 1)
-    head_size = sum(p.numel() for p in head.values()) - unused
-    head_flops = windows * (config.k_shot * config.inner_steps + config.q_query) * 6 * head_size
-    meta = {"support_tokens": support, "query_tokens": query, "episode_tokens": support + query}
-    meta["flops"] = flops + head_flops
-    joint = {**lm, **meta, "flops": lm["flops"] + meta["flops"]}
-    inline = lm | {"flops": lm["flops"] + head_flops}  # its tasks read nothing of their own
-    return {"lm": lm, "meta": meta, "joint": inline if config.mix == "inline" else joint}
+    widths = [config.d_model, *[config.head_hidden] * (config.head_layers - 1), config.n_way]
+    head_size = sum((n_in + 1) * n_out for n_in, n_out in itertools.pairwise(widths))
+    head = Counter(flops=windows * (config.k_shot * config.inner_steps + config.q_query) * 6 * head_size)
+    meta = head + Counter(
+        support_tokens=support, query_tokens=query, episode_tokens=support + query, flops=flops)
+    # Inline tasks read nothing of their own.
+    return {"lm": lm, "meta": meta, "joint": lm + (head if config.mix == "inline" else meta)}

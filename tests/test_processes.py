@@ -63,7 +63,7 @@ def test_two_processes_are_one(alone, tmp_path):
         for name, p in (ours.model | ours.head).items():
             torch.testing.assert_close(p, (theirs.model | theirs.head)[name], rtol=1e-5, atol=1e-5, msg=name)
     assert printed.count("step     10/10 ") == printed.count("result  val_loss") == 1
-    result = "query accuracy {heldout_query_acc:.3f} ± {heldout_query_acc_se:.3f} after"
+    result = "heldout_query_acc {heldout_query_acc:.4f}±{heldout_query_acc_se:.3f}"
     assert result.format_map(log_of(tmp_path, "eval")[-1]) in printed
     assert json.loads((tmp_path / "config.json").read_text())["system"]["processes"] == 2
 
