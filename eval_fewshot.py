@@ -11,7 +11,8 @@ adapt      training's inner loop, `maml.adapt`, from a fresh head, the only part
 logistic   scikit-learn's LogisticRegression with C = 1, on features of length sqrt(d)
 prototype  the class with the nearest mean (Snell et al. 2017, arxiv.org/abs/1703.05175)
 Words are masked in the validation text. A sentence is read at its last token, or at a <|mask|> after it. All
-models get the same draws. Intervals are 1.96 standard errors over draws, not over seeds of training.
+models get the same draws. Intervals are 1.96 standard errors, clustered by word or,
+for sentences, by draw; seeds of training vary more.
 """
 import json
 from dataclasses import asdict, dataclass, field
@@ -75,7 +76,7 @@ def logistic(x, y, z, *_):
     return torch.from_numpy(fit.predict(z))
 
 def nearest_mean(x, y, z, *_):
-    """|z - mean|^2 is smallest where z.mean - |mean|^2 / 2 is largest."""
+    """The nearest class mean: |z - mean|^2 is smallest where z.mean - |mean|^2 / 2 is largest."""
     means = torch.stack([x[y == c].mean(0) for c in y.unique()])  # (N, C)
     return (z @ means.T - means.square().sum(-1) / 2).argmax(-1)
 
@@ -103,7 +104,7 @@ def bigram_vectors(corpus):
     return normalize(np.maximum(np.nan_to_num(pmi, nan=0, neginf=0), 0))
 
 def bigram_answers(vectors, episode, mask):
-    """Which answers (N*Q,) of the nearest mean vector, of the token before the mask, are right."""
+    """(N*Q,) 1 where the nearest class mean is right. A window has the vector of the token before it."""
     support, query = (vectors[rows[np.arange(len(rows)), (rows == mask).argmax(1) - 1]]
                       for rows in (episode.support, episode.query))  # (N*K, V), (N*Q, V)
     means = [support[episode.support_labels == c].mean(0) for c in range(len(episode.words))]
@@ -128,7 +129,7 @@ class Task:
     curves: dict = field(default_factory=dict)  # K -> {model: mean accuracy before and after each inner step}
 
 def word_tasks(config, trained, corpus):
-    """Which word is masked? With seed 0, on the episodes of training's evaluations."""
+    """Which word is masked? With seed 0 and training's K, on the episodes of its evaluations."""
     names = "pool_tokens n_way q_query episode_len readout word_min_count word_max_count".split()
     options = {name: trained[name] for name in names}
     vectors = bigram_vectors(corpus) if corpus.vocab_size <= 8192 else None
@@ -194,7 +195,7 @@ def sentence_task(config, name, train, test):
             support = np.concatenate([rng.choice(rows, k, replace=False) for rows in of_class])
             task.draws[k].append((support, len(train) + np.arange(len(test))))
         task.table[k] = {"majority class": np.tile(1.0 * (labels == counts.argmax()), (E, 1))}
-        task.clusters[k] = np.arange(E)[:, None] + 0 * labels
+        task.clusters[k] = np.tile(np.arange(E)[:, None], len(labels))
     return task
 
 def evaluate(task, name, loaded):
@@ -245,7 +246,7 @@ def main():
     trained = asdict(TrainConfig()) | first.settings  # others' models have none
     folder = config.corpus or f"{trained['data_dir']}/{trained['dataset']}"
     tasks = []
-    if problem := max(corpus_problem(loaded, folder) for loaded in models.values()):  # "" if there is none
+    if problem := next(filter(None, (corpus_problem(loaded, folder) for loaded in models.values())), ""):
         print(f"left out: {problem}")
     else:
         tasks += word_tasks(config, trained, load_corpus(folder))

@@ -5,9 +5,9 @@
 
 Each model is tuned on the training sets, head-only (a linear layer on frozen features) and in full, then
 tested on every set, beside all O, and random weights in the first model's shape. A seed is of the head, the
-order of the sentences and the draw of `shots`. Results are kept in a model's ner/ and not computed again.
-Unlike in the paper (arxiv.org/abs/2311.09122) a word is tagged at its last subword (`label_at`), where a
-causal model has read it, or in a second copy of the sentence (`twice`).
+order of the sentences and the draw of `shots`. Results are kept in a model's ner/; the same sets and settings
+are not computed again. Unlike in the paper (arxiv.org/abs/2311.09122) a word is tagged at its last subword
+(`label_at`), where a causal model has read it, or in a second copy of the sentence (`twice`).
 """
 import copy
 import json
@@ -90,8 +90,8 @@ def read_sets(config, wanted, known, splits):
     known = {*known, *(path.name.split("-ud-")[0] for path in folder.glob(f"*-ud-{splits[0]}.iob2"))}
     for name in sorted(known) if wanted == "all" else wanted.split(","):
         paths = [folder / f"{name}-ud-{split}.iob2" for split in splits]
-        for path in [path for path in paths if not (path.exists() or config.uner_dir)]:
-            url = f"https://raw.githubusercontent.com/UniversalNER/UNER_{SETS.get(name)}/HEAD/{path.name}"
+        for path in [path for path in paths if name in SETS and not (path.exists() or config.uner_dir)]:
+            url = f"https://raw.githubusercontent.com/UniversalNER/UNER_{SETS[name]}/HEAD/{path.name}"
             with reading(url, f"put it into {folder} yourself, or take what is there: --uner_dir={folder}"):
                 write_atomic(path, urlopen(url, timeout=30).read())
         if all(path.exists() for path in paths):
@@ -174,7 +174,10 @@ def frozen(model):
     return read
 
 def tune(config, read, backbone, d_model, train, dev, dev_sentences, seed):
-    """Tune a linear head on read(rows) -> (words, d_model), and `backbone`: (head, dev F1, epoch)."""
+    """Tune a linear head on features, read(rows) -> (words, d_model), and the parameters in `backbone`.
+
+    Returns the head, its best F1 on dev, and the epoch of that.
+    """
     rng, head = np.random.default_rng(seed), torch.nn.Linear(d_model, len(TAGS)).to(config.device)
     weight = torch.from_numpy(rng.normal(0, 0.02, head.weight.shape))
     head.load_state_dict({"weight": weight, "bias": torch.zeros(len(TAGS))})
@@ -300,7 +303,7 @@ def main(argv=None):
     shown["interval"] = shown["interval"].map("{0[0]:.3f} to {0[1]:.3f}".format)
     print(shown.to_string(index=False, na_rep="", float_format="{:.3f}".format))
     print("f1: strict IOB2, micro over entities; deviation: over seeds; interval: 95%, over sentences.\n"
-          f"A point or two of few entities is an entity or two.\nwritten {path}.json and .png")
+          f"Where entities are few, a point or two is one entity or two.\nwritten {path}.json and .png")
 
 if __name__ == "__main__":
     main()

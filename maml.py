@@ -5,14 +5,15 @@ Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `ad
 `episode_loss` the sum in line 10, as a mean. First order is their section 5.2. Three departures:
 
 * As a rule only a small head on top of fixed features adapts (ANIL, https://arxiv.org/abs/1909.09157). The
-  backbone then runs once a step, for all episodes at once: `episode_loss`. With another `inner_target` it
+  backbone then runs once a step, for all episodes at once: `episode_loss`. With another `--target` it
   runs in each inner step, one episode at a time: `adapted_loss`.
 * The last layer of the head is initialised to zero, so that its loss is ln N. Training then moves it;
   evaluations set it to zero again (`fresh_head`).
 * Features are divided by sqrt(d). Those of a final RMSNorm then have a length of about 1, and one inner
   learning rate serves every width.
 
-This file knows features, labels and dicts of tensors; nothing of tokens, and of the model only names.
+This file knows features, labels and dicts of tensors; nothing of tokens, and of the model only names of
+parameters, `blocks` and `features_at`.
 Letters in shapes: E episodes, N ways, M windows of one episode (N*K of support or N*Q of query), d features.
 """
 from contextlib import nullcontext
@@ -59,8 +60,9 @@ def head_logits(params, features):
 def columns(head, words):
     """The heads of E episodes, cut from one with an output per vocabulary id: N outputs, a leading E.
 
-    For the multi-task control (inner_steps=0). It does not adapt to labels that are dealt out anew, so each
-    word has an output of its own. words (E, N): vocabulary ids in label order.
+    For the multi-task control (inner_steps=0): the same questions as plain classification. It does not adapt
+    to labels that are dealt out anew, so each word has an output of its own. words (E, N): vocabulary ids in
+    label order.
     """
     last = f"{last_layer(head)}."
     return {name: p[words] if name.startswith(last) else p.expand(len(words), *p.shape)
@@ -107,7 +109,7 @@ def adapt(loss_fn, params, batch, lr, steps, first_order=True):
     """
     rate = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
     for _ in range(steps):
-        with torch.no_grad() if first_order else nullcontext():  # grad works here too: a constant
+        with torch.no_grad() if first_order else nullcontext():  # grad works in it; its result is a constant
             gradient = grad(loss_fn)(params, batch)
         # theta' = theta - alpha * grad_theta L(theta)
         params = {name: p - rate[name] * gradient[name] for name, p in params.items()}
@@ -145,7 +147,7 @@ def adapted_loss(logits, params, support, query, *, lr, steps, first_order=True)
             "support_acc": right(support_after, support[1]).mean(),
             "query_acc": right(answers, labels),  # (M,), all others ()
             "query_acc_before": right(before, labels),
-            # what a constant answer scores, the share of the commonest label: above chance, labels are broken
+            # what answering the commonest label scores: above chance only if labels are unbalanced, a fault
             "majority_acc": (labels[:, None] == labels).to(loss.dtype).mean(0).max(),
             "chance": loss.new_full((), 1 / answers.shape[-1]),
         }
@@ -158,7 +160,8 @@ def right(logits, labels):
 def standard_error(values, clusters):
     """Standard error of the mean of values (n,) that depend on each other within a cluster (n,), as a word.
 
-    The squares of the sums of residuals of G clusters add up (Liang and Zeger 1986), times G / (G - 1).
+    Residuals are summed within each of the G clusters, and the squares of the sums added up (Liang and Zeger
+    1986), times G / (G - 1): one cluster has no error.
     """
     clusters = clusters.unique(return_inverse=True)[1]
     sums = torch.zeros(clusters.max() + 1, dtype=values.dtype).index_add(0, clusters, values - values.mean())

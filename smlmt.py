@@ -17,7 +17,7 @@ What a Sampler makes of a text of six words (limits on length and frequency asid
 
 Departures from the paper: a window holds its word once, and so has one mask; support and query windows of a
 word come from different documents, or failing that stand FAR tokens apart; a tenth of all words is never
-trained on; an episode is a pure function of (text, seed, index), so that runs can be resumed and compared.
+asked about in training; an episode is a pure function of (text, seed, index): runs can be resumed, compared.
 
     python smlmt.py [corpus folder]    prints one small task
 """
@@ -30,7 +30,7 @@ import numpy as np
 
 MIN_WINDOW = 16    # tokens, the mask among them: with fewer there is too little to go by
 FAR = 2048         # least number of tokens between two windows of a word that occurs in too few documents
-STRETCHES = 64     # pieces of the corpus that make up a pool
+STRETCHES = 64     # of the corpus that make up a pool
 POOL_STEPS = 1000  # steps between two pools, where the corpus is larger than one
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def words_of(text):
     return [word.casefold() for word in "".join(c if c.isalpha() else " " for c in text).split()]
 
 def is_heldout(word):
-    """A fixed tenth of all words, the same in every corpus and for every seed, is never used in training."""
+    """Of a fixed tenth of all words, the same in every corpus and for every seed, training asks nothing."""
     return zlib.crc32(word.encode()) % 10 == 0
 
 def generator(seed, *index):
-    """Random numbers of (seed, *index), ints or tuples of ints, whatever was drawn before."""
+    """A generator that depends on (seed, *index) alone, ints or tuples of ints."""
     numbers = []
     for part in (seed, *index):
         part = part if isinstance(part, tuple) else (part,)
@@ -82,8 +82,8 @@ def pool(tokens, pool_tokens, seed, refresh, *, eot):
     """The text that a Sampler works on from one refresh to the next, as an array in memory.
 
     All of `tokens` if these are no more than `pool_tokens`, else about that many, chosen by `seed` (int or
-    tuple of ints) and `refresh` alone. The corpus is divided into equal cells, of which STRETCHES are drawn.
-    A cell stands for the documents that start in it: pieces are whole documents, and all can be reached.
+    tuple of ints) and `refresh` alone. The corpus is divided into equal stretches, of which STRETCHES are
+    drawn. A stretch stands for the documents that start in it: they come whole, and all can be reached.
     """
     if len(tokens) <= pool_tokens:
         return np.array(tokens)
@@ -96,10 +96,13 @@ def pool(tokens, pool_tokens, seed, refresh, *, eot):
                 return before + 1 + int(ends[0])
         return len(tokens)
 
-    cell = max(1, pool_tokens // STRETCHES)
-    n_cells = -(-len(tokens) // cell)
-    cells = np.sort(generator(seed, refresh).choice(n_cells, STRETCHES, replace=False)).tolist()
-    return np.concatenate([tokens[next_document(c * cell) : next_document((c + 1) * cell)] for c in cells])
+    size = max(1, pool_tokens // STRETCHES)
+    starts = np.arange(0, len(tokens), size)
+    starts = np.sort(generator(seed, refresh).choice(starts, STRETCHES, replace=False)).tolist()
+    text = np.concatenate([tokens[next_document(i) : next_document(i + size)] for i in starts])
+    if len(text) == 0:
+        raise ValueError(f"pool_tokens={pool_tokens}: no document starts in what was drawn; raise it")
+    return text
 
 class Pools:
     """Samplers (with `options`) over a text of any size: one pool at a time, anew every POOL_STEPS steps."""
@@ -130,7 +133,10 @@ class Pools:
 # The sampler
 
 class Vocabulary:
-    """What `size` tokens, of which the first are the ordinary ones, say about words: an entry for each id."""
+    """Tables by token id, `size` entries each: where words begin and end, and which tokens are forms.
+
+    A form is a casefolded word that is one token with its leading space. Forms have numbers, too.
+    """
 
     def __init__(self, token_bytes, size):
         texts = [piece.decode("utf-8", "surrogateescape") for piece in token_bytes]
@@ -199,8 +205,8 @@ class Sampler:
         first = tokens[starts[:-1]]  # (c-1,)
         single = (np.diff(starts) == 1) & ~v.several[first]
         with_form = np.flatnonzero(single & (v.form_of[first] >= 0))
-        place, first = starts[with_form], first[with_form]
-        form, whole = v.form_of[first], v.is_form[first]
+        place, token = starts[with_form], first[with_form]
+        form, whole = v.form_of[token], v.is_form[token]
 
         # The others, " TH" "E" or the bytes of a letter, are read, each different one once.
         known, place_read, form_read = {}, [], []
@@ -246,7 +252,8 @@ class Sampler:
         after = np.minimum(after, (place - lo + 1) // 3)  # a third of what precedes: a quarter of the whole
         hi = np.minimum.reduce([place + 1 + after, doc_end[doc], following])
         hi = starts[np.searchsorted(starts, hi, side="right") - 1]  # the last start up to hi
-        usable = np.flatnonzero(whole & (hi - lo >= MIN_WINDOW) & (2 * (hi - place - 1) >= after))
+        enough = (hi - lo >= MIN_WINDOW) & (2 * (hi - place - 1) >= after)  # half of what should follow, too
+        usable = np.flatnonzero(whole & enough)
         columns = dict(form=form, doc=doc, doc_start=doc_start[doc], place=place, lo=lo, hi=hi)
         self.windows = np.rec.fromarrays(columns.values(), names=list(columns))[usable]
 
@@ -256,7 +263,8 @@ class Sampler:
         A group is the windows of a word in one document or, for a word in too few documents, in one cell of a
         document. Of the cells of FAR + L tokens every other is left out: windows are then at least FAR apart.
         """
-        w, n_forms, windows_per_word = self.windows, len(self.ids), self.k_shot + self.q_query
+        w, n_forms = self.windows, len(self.ids)
+        windows_per_word = self.k_shot + self.q_query
         documents = np.bincount(w.form[changes(w.form, w.doc)], minlength=n_forms)  # with windows of a form
         cell = (w.place - w.doc_start) // (FAR + self.episode_len)
         cell = np.where((documents < windows_per_word)[w.form], cell, 0)
@@ -313,7 +321,7 @@ class Sampler:
 # Tasks inside the rows of a language-model batch
 
 def inline(vocabulary, rows, rng, n_episodes, *, n_way, k_shot, q_query):
-    """E tasks whose windows are the beginnings of a batch's own rows: which of N words comes next?
+    """E tasks whose windows are prefixes of a batch's own rows: which of N words comes next?
 
     A causal model's features at a token have not seen the next one. So the tasks need no mask, and no forward
     pass of their own. Asked for are words of training that occur K + Q times in rows (B, T + 1). Returns how

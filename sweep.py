@@ -10,7 +10,8 @@ A study is a Python file with `base` (words for train.py), `arms` (name -> more 
 out/<study>/<arm>/seed<k>. The same command goes on: what is finished is kept, what is not is resumed.
 
 Runs of one seed see the same rows at the same step, so that arms are compared with the baseline seed by seed.
-Intervals are of 95%, by Student's t over seeds; p is of the paired t test, and by Holm over the whole table.
+Intervals are of 95%, by Student's t over seeds. p is of the paired t test, corrected by Holm over the whole
+table; table.csv also has that of an exact sign-flip test.
 """
 import os
 import re
@@ -47,12 +48,12 @@ class Config:
     list: bool = False  # only print the commands
     out: str = "out"  # where the studies go
 
-METRICS = {  # in the last evaluation of a run, or below
+METRICS = {  # column: heading; most are in the last evaluation of a run
     "val_loss": "validation loss (nats)", "val_bits_per_byte": "bits per byte",
     "heldout_query_acc": "accuracy, held-out words", "val_query_acc": "accuracy, training words",
-    "ner_f1": "NER, strict F1", "lm_tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds",
+    "ner_f1": "NER, mean strict F1", "lm_tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds",
     "steps_to": "steps to the baseline's loss", "lm_tokens_to": "LM tokens to it", "flops_to": "FLOPs to it"}
-RULES = [(lambda c: re.fullmatch(r"(\d+,?)*", c.seeds), "seeds takes 3 for 0, 1 and 2, or 5,7 for those two")]
+RULES = [(lambda c: re.fullmatch(r"(?!0+$)(\d+,?)*", c.seeds), "seeds takes 3 for 0, 1, 2, or 5,7 for those")]
 TESTED = "val_loss heldout_query_acc val_query_acc ner_f1".split()
 
 # --------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def run_all(jobs, commands, evaluate):
     def work(number):
         gpu = gpus.split(",")[number % len(gpus.split(","))]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu}
-        # Each worker takes the next. None stops at a failure.
+        # Each worker takes the next, whether the one before went well or not: hence the list.
         return all([train_and_evaluate(run, words, evaluate, environment) for run, words in waiting])
 
     def steps_done():
@@ -112,10 +113,11 @@ def run_all(jobs, commands, evaluate):
         workers = [pool.submit(work, number) for number in range(jobs)]
         while wait(workers, timeout=5).not_done:
             bar.update(steps_done() - bar.n)
+        bar.update(steps_done() - bar.n)
     return all(worker.result() for worker in workers)
 
 def finished(run):
-    """Whether a run has come to its end, or to that which on_collapse=stop set it."""
+    """Whether a run has come to its end, or was ended by on_collapse=stop."""
     log = read_log(run)
     last = max((line["step"] for line in log if line["kind"] == "eval"), default=0)
     collapsed = any(line["kind"] == "collapse" and line["action"] == "stop" for line in log)
@@ -125,9 +127,8 @@ def finished(run):
 # Reporting
 
 def results(commands, baseline):
-    """A row for each finished run: arm, seed, its last evaluation, and where it came to the baseline's loss.
-
-    That is where its validation loss came down to the last of the baseline's run of the same seed.
+    """A row for each finished run: arm, seed, its last evaluation, and where its validation loss came down to
+    the final one of the baseline's run of that seed. Named entities: the mean over all tables in its folder.
     """
     rows, runs = [], filter(finished, commands)
     evals = {run: [line for line in read_log(run) if line["kind"] == "eval"] for run in runs}

@@ -46,8 +46,8 @@ outputs = config.n_way if config.inner_steps else corpus.vocab_size
 head = maml.init_head(config.d_model, outputs, config.head_layers, config.head_hidden,
                       torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
-# At a linear head of zeros the loss of N classes is curved by at most 2 / N (features and bias of length 1).
-# So steps below N are stable: config.inner_lr is the step divided by N.
+# At a linear head of zeros the Hessian of the loss of N classes has eigenvalues of at most 2 / N, as features
+# and bias have length 1. So gradient descent is stable with steps below N, that is with an inner_lr below 1.
 inner_step = config.inner_lr * config.n_way
 params = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
 optimizer = torch.optim.AdamW(
@@ -74,7 +74,7 @@ def rng(stream, *index):
     return np.random.default_rng((config.seed, stream, *index))
 
 def to_device(array, dtype=np.int64):
-    """An array as a tensor on the device, copied while the GPU works on."""
+    """An array as a tensor on the device, copied without waiting for the GPU."""
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -91,15 +91,15 @@ val_pools = pools(corpus.val, pool_seed=0, seed=0)  # the same episodes for ever
 vocabulary = smlmt.Vocabulary(corpus.token_bytes, corpus.vocab_size)
 
 def training_episode(step, number):
-    episode = train_pools.sampler(step).episode((step, number))
+    with reading(f"episodes from {config.dataset}", "see --help for these settings"):
+        episode = train_pools.sampler(step).episode((step, number))
     if config.shuffle_labels:
         labels = rng(SHUFFLE, step, number).permutation(episode.support_labels)
         episode = dataclasses.replace(episode, support_labels=labels)
     return episode
 
-if config.meta_ratio and config.mix != "inline":  # a text without episodes is reported before the run begins
-    with reading(f"episodes from {config.dataset}", "see --help for these settings"):
-        training_episode(1, 0)
+if config.meta_ratio and config.mix != "inline":
+    training_episode(1, 0)  # a text without episodes is reported before the run begins
 
 # --------------------------------------------------------------------------------------------------
 # The two objectives. A language-model step predicts the next token. A meta step takes few-shot tasks: which
@@ -121,6 +121,7 @@ def lm_step(step, inline=False):
         if inline:
             meta_loss, numbers = inline_loss(step, starts, features, part.start * config.block_size)
             loss = loss + config.meta_weight * meta_loss
+            # There is one part then: tasks need all of a process's rows.
             total |= {name: values.mean() / run.world for name, values in numbers.items()}
         scaler.scale(loss).backward()
     return total
@@ -157,7 +158,8 @@ def inline_loss(step, starts, features, first):
         own = features.flatten(0, 1)
         mine = (places >= first) & (places < first + len(own))
         own = own[(places - first).clamp(0, len(own) - 1)] * mine[..., None]
-        return run.all_reduce(own.detach().clone()) + run.world * (own - own.detach())
+        of_all = run.all_reduce(own.detach().clone())
+        return of_all + run.world * (own - own.detach())  # adds 0, and carries the gradient of these
 
     # All processes have this same loss; each gives the gradient of its own features and a part of the head's.
     loss, of_episodes = head_loss(head, e, read(e["support"]), read(e["query"]))
@@ -216,17 +218,19 @@ def run_episodes_through(e, head, steps):
 
 def train_step(step):
     """The objective or both, as `mix` says. Leaves gradients in `params`; returns this process's numbers."""
-    allowed = {"vanilla": not run.collapse, "meta": bool(run.collapse)}.get(config.on_collapse, True)
-    if not (allowed and config.meta_ratio):
+    meta_now = {"vanilla": not run.collapse, "meta": bool(run.collapse)}.get(config.on_collapse, True)
+    if not (meta_now and config.meta_ratio):
         return lm_step(step)
-    if config.mix == "alternate":
-        return meta_step(step) if rng(COIN, step).random() < config.meta_ratio else lm_step(step)
-    return lm_step(step) | meta_step(step) if config.mix == "joint" else lm_step(step, inline=True)
+    if config.mix == "joint":
+        return lm_step(step) | meta_step(step)
+    if config.mix == "inline":
+        return lm_step(step, inline=True)
+    return meta_step(step) if rng(COIN, step).random() < config.meta_ratio else lm_step(step)
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation, on rows and episodes that do not change. It takes no random numbers from training.
 
-no_val_episodes = val_pools.problem(heldout=True)
+no_val_episodes = val_pools.problem(heldout=True) or val_pools.problem()
 if no_val_episodes:
     run.print(f"data    no episodes in evaluations: {no_val_episodes}")
 probe = [to_device(of_all) for of_all in spectra.probe(corpus.val, config.block_size)]  # inputs, targets
@@ -238,7 +242,7 @@ def val_loss(span):
     starts = np.linspace(first, last - config.block_size - 1, n_rows).astype(np.int64)
     total = torch.zeros((), device=device)
     for part in run.micro_batches(n_rows, "lm"):
-        with autocast, torch.enable_grad():  # with the kernels of training: others would have to be compiled
+        with autocast, torch.enable_grad():  # so that kernels compiled for training serve
             total += model(*get_batch(corpus.val, starts[part])).detach() * (part.stop - part.start)
     return run.all_reduce(total).item() / n_rows
 
@@ -257,8 +261,8 @@ def evaluate(n_episodes):
         answers = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
         for i in range(run.rank, n_episodes, run.world):
             episode = val_pools.sampler(0).episode(i, heldout)
-            _, right = run_episodes([episode], fresh, steps=config.inner_steps or 10)
-            answers[0, i], answers[1, i] = right["query_acc_before"], right["query_acc"]
+            _, numbers_of = run_episodes([episode], fresh, steps=config.inner_steps or 10)
+            answers[0, i], answers[1, i] = numbers_of["query_acc_before"], numbers_of["query_acc"]
             answers[2, i] = to_device(episode.words.repeat(config.q_query))
         before, after, words = run.all_reduce(answers).flatten(1).cpu()
         numbers |= {key: after.mean().item(), f"{key}_before": before.mean().item(),

@@ -36,13 +36,13 @@ class Config:
     grad_clip: Positive = 1.0  # largest norm of the gradient
     # Episodes
     mix: Literal["alternate", "joint", "inline"] = "alternate"  # a coin; both losses; both, on the same rows
-    meta_ratio: Share = 0.0  # share of meta steps in alternate (paper: 0.5); 0 is the vanilla baseline
-    meta_weight: float = 0.1  # of the meta loss in joint and inline
+    meta_ratio: Share = 0.0  # share of meta steps (paper: 0.5); 0 is vanilla; any other in joint, inline
+    meta_weight: float = 0.1  # weight of the meta loss in joint and inline
     n_way: Count = 16  # words to tell apart in an episode
     k_shot: Count = 4  # support windows of each word
     q_query: Count = 4  # query windows of each word
     episodes_per_step: Count = 1  # episodes in a step that has any, over all processes
-    micro_episodes: Whole = 0  # episodes at a time in a process; 0: as above
+    micro_episodes: Whole = 0  # episodes at a time in a process; 0: all that fit
     episode_len: Count = 64  # longest window in tokens; independent of block_size
     readout: Literal["before", "mask", "last"] = "before"  # the token whose features are read
     word_min_count: Count = 20  # least occurrences of a word in the pool
@@ -51,7 +51,7 @@ class Config:
     on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # then stop, end meta steps, or begin them
     # Inner loop
     inner_steps: Whole = 10  # gradient steps on the support set; 0 is the multi-task control
-    inner_lr: Positive = 0.625  # their learning rate divided by n_way
+    inner_lr: Positive = 0.625  # their learning rate for each way: a step is inner_lr * n_way
     second_order: bool = False  # differentiate through the inner gradients
     target: Literal["head", "attention", "mlp", "attention+mlp", "norms", "all"] = "head"  # what adapts
     target_layers: str = ""  # in which blocks, as 0,1,5; empty is all (and the final norm, if norms or all)
@@ -71,7 +71,7 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.n_heads % c.n_kv_heads == 0, "n_kv_heads must divide n_heads"),
     (lambda c: c.n_way >= 2, "n_way must be at least 2"),
     (lambda c: c.episode_len >= 16, "episode_len must be at least 16"),
-    (lambda c: c.inner_lr < 4, "inner_lr is for each word now: what was 10 for 16 words is 0.625"),
+    (lambda c: c.inner_lr < 4, "inner_lr is for each way: what was 10 for 16 words is 0.625"),
     (lambda c: set(c.target_layers.split(",")) <= {"", *map(str, range(c.n_layers))},
      "target_layers are numbers of blocks below n_layers, as 0,1,5; empty is all"),
     (lambda c: c.target != "head" or not c.target_layers, "target_layers needs a target in the blocks"),

@@ -62,11 +62,11 @@ class Config:
 
 def weights(config):
     """The weight of each source, or None."""
-    numbers = [float(number) for number in re.findall(r"\d*\.?\d+", config.weights)]
-    return numbers if config.weights else [None] * len(config.source)
+    numbers = config.weights.split(",") if config.weights else [None] * len(config.source)
+    return [number and float(number) for number in numbers]
 
 RULES = [  # (what must hold, the sentence that says so); an error shows the settings that the sentence names
-    (lambda c: len(weights(c)) == len(c.source) and 0 not in weights(c),
+    (lambda c: re.fullmatch(r"([\d.]*[1-9][\d.]*(,|$))*", c.weights) and len(weights(c)) == len(c.source),
      "weights must be numbers above 0, one for each source, as 8,1,1"),
     (lambda c: not c.max_tokens or len(c.source) < 2 or c.weights,
      "max_tokens of several sources needs weights, or the first source would take all"),
@@ -138,7 +138,7 @@ def interleave(sources, config, tokenizer):
             del live[source]
 
 def train_tokenizer(sources, config):
-    """Byte-pair ranks of training documents from the head of each part; then two special ids.
+    """A Tokenizer, trained on training documents from the head of each part.
 
     Sources with weights get their shares of the sample: what is too short for its share counts several times.
     """
@@ -182,7 +182,8 @@ def open_tokenizer(folder):
 
 def describe(name, config, sources, tokenizer):
     """The command and what else its bytes depend on, as plain values."""
-    packages = ["numpy", "tiktoken", "tokenizers", "rustbpe", "datasets", *config.packages.split(",")]
+    packages = ["numpy", "tiktoken", "tokenizers", "rustbpe", "datasets"]
+    packages += [] if config.source else config.packages.split(",")
     versions = {package.name: package.version for package in distributions() if package.name in packages}
     versions["python"] = sys.version.split()[0]  # which is also stdlib's version
     paths = [part.args[0] for source in sources for part in source.parts if file_rows in part.args]
@@ -197,7 +198,8 @@ def describe(name, config, sources, tokenizer):
 def write_tokens(work, sources, tokenizer, config, save):
     """Encode what is not done yet into train.bin and val.bin. Calls save() every SAVE seconds."""
     paths = [work / "train.bin", *(work / f"val.{i}.bin" for i in range(len(sources)))]
-    files = train, *val = [open(path, "ab") for path in paths]
+    files = [open(path, "ab") for path in paths]
+    train, *val = files
     train.truncate(2 * total(sources, "train", "tokens"))  # what came after the last save is made again
     for source, file in zip(sources, val, strict=True):
         file.truncate(2 * source.done["val"]["tokens"])
@@ -208,7 +210,7 @@ def write_tokens(work, sources, tokenizer, config, save):
         split = "val" if belongs_to_val(key, config.val_fraction) else "train"
         done, ids = source.done[split], [*ids, tokenizer.eot]
         if split == "val" and done["tokens"] >= config.val_tokens:
-            source.done["left_out"] += 1  # of train.bin too: val.bin may hold a copy of it
+            source.done["left_out"] += 1  # nor does it go to train.bin: val.bin may hold the same text
             continue
         (train if split == "train" else val[sources.index(source)]).write(np.array(ids, "<u2").tobytes())
         for count, more in zip(COUNTS, (1, len(ids), len(text.encode())), strict=True):

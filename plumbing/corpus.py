@@ -24,19 +24,20 @@ from plumbing.tokenizer import load_tokenizer
 # Text
 
 def open_text(path):
-    """A file of text, here or on the hub, perhaps with .gz, from behind its byte order mark."""
+    """A file of text, here or on the hub, perhaps with .gz, without its byte order mark."""
     return fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer").open()
 
 def json_rows(path, columns):
-    """A row a line, or else one list of rows. Columns that nobody asked for may hold anything."""
+    """A row a line, or one list of rows. Columns that nobody asked for may hold anything."""
     with open_text(path) as file:
-        first = file.read(1)
+        first = file.read(100).lstrip()[:1]
         file.seek(0)
         if first == "[":
             return (yield from json.load(file))
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line if line.strip() else "{}")
+                if line.strip():
+                    yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg}") from error
 
@@ -189,5 +190,6 @@ def load_corpus(folder):
                 raise ValueError(f"{name}.bin is not the one that meta.json describes")
             splits.append(tokens)
         sources = {source["name"]: tuple(source["val_range"]) for source in meta["sources"]}
+        val = meta["splits"]["val"]
         return Corpus(*splits, tokenizer, tokenizer.eot, tokenizer.mask, meta["vocab_size"],
-                      tokenizer.token_bytes, meta["corpus_hash"], sources, counts["tokens"] / counts["bytes"])
+                      tokenizer.token_bytes, meta["corpus_hash"], sources, val["tokens"] / val["bytes"])

@@ -37,7 +37,7 @@ class Run:
 
     def __init__(self, config):
         self.config, self.tracker, self.log_file, self.signal, self.stopping = config, None, None, None, False
-        # What torchrun sets; without an address to meet at, it is a stray of something else.
+        # What torchrun sets; without an address to meet at, something else has set it.
         launch = os.environ if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() else {}
         self.rank, local_rank = (int(launch.get(key) or 0) for key in ("RANK", "LOCAL_RANK"))
         self.world = int(launch.get("WORLD_SIZE") or 1)
@@ -190,7 +190,7 @@ class Run:
         self.print(f"\n{self.signal.name}: saving after this step (once more to leave at once)")
 
     def end(self, code, error=""):
-        """End this process. One of several skips torch's clean-up, which aborts about one exit in four."""
+        """End this process. Among several it skips torch's clean-up, which aborted one exit in four."""
         if error:
             print(f"error: {error}", file=sys.stderr)
         if self.tracker:
@@ -266,8 +266,8 @@ class Run:
         self.skipped = 0 if finite else self.skipped + 1  # float16 may overflow for some steps
         if self.skipped == (20 if self.scaler.is_enabled() else 1):
             self.not_finite(step, text_of(losses | {"grad_norm": norm}))
-        overflow = {"skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
-        line |= {"lr": lr} | ({"grad_norm": norm} if finite else overflow)
+        line |= {"lr": lr, "grad_norm": norm} if finite else {
+            "lr": lr, "skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
         kind = "joint" if len(losses) == 2 else next(iter(losses)).removesuffix("_loss")
         seconds = self.tick()
         self.progress.update(self.costs[kind])  # adds
@@ -361,7 +361,7 @@ def read_log(folder, up_to=math.inf):
     with reading(path, "copy the log again, or delete the damaged line"):
         texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         lines = json.loads(b"[" + b",\n".join(texts) + b"]")  # an error then names the line
-        return [line for line in lines if line["step"] <= up_to and line["kind"]]
+        return [line for line in lines if line["step"] <= up_to and line["kind"]]  # or KeyError: damaged
 
 def text_of(numbers):
     return "  ".join(f"{key} {number:.4g}" for key, number in numbers.items())

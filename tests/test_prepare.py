@@ -135,7 +135,7 @@ ROWS = {  # name of a file: what is in it, and the texts that are read
     "mark.txt": (MARK + b"Return", ["Return"]),
     "mark.csv": (MARK + b'text,label\n"a, one",1\nNA,2\n', ["a, one", "NA"]),
     "MARK.JSON": (MARK + b'[{"text": "a"},\n {"text": "b"}]', ["a", "b"]),
-    "mark.jsonl": (MARK + b'{"text": "a"}\n\n{"id": 1}\n{"text": null}', ["a", None, None, None]),
+    "mark.jsonl": (MARK + b'{"text": "a"}\n\n{"id": 1}\n{"text": null}', ["a", None, None]),
     "texts.json": (b'["a", "b"]', ["a", "b"]),
     "emoji.jsonl": (br'''{"text": "half \ud83d"}
         {"text": "whole \ud83d\ude00"}''', ["half \ufffd", "whole 😀"]),
@@ -378,6 +378,7 @@ MISTAKES = {
     "--source=one.txt --vocab_size=300 --val_fraction=1": "--paragraphs=True cuts it at blank lines",
     "--source=good.jsonl --source=more/good.jsonl": "two sources have one name",
     "--source=good.jsonl --weights=1,2": "one for each source",
+    "--source=good.jsonl --weights=-1": "numbers above 0",
     "--source=hf:more,,test": "cannot read more: Bad split: test",
 }
 

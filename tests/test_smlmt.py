@@ -335,6 +335,8 @@ def test_impossible_corpora_are_one_line(text):
         Sampler(np.append(tokens, np.uint16(MASK)), token_bytes, eot=EOT, mask=MASK)
     with pytest.raises(ValueError, match=r"held-out words .* lower n_way"):
         make(text, n_way=100).episode(0, heldout=True)
+    with pytest.raises(ValueError, match="pool_tokens=64: no document"):
+        pool(np.zeros(10**6, np.uint16), 64, 3, 0, eot=EOT)
 
 def test_a_task_prints_as_sentences(text):
     episode = make(text, n_way=3, k_shot=2, q_query=1, episode_len=24).episode(0)

@@ -29,6 +29,7 @@ def test_commands(tmp_path):
     assert listed[2][1] == "python train.py a.py --x=1 --y=2 --w=7 --seed=3 '--out_dir=o/study/one w=7/seed3'"
     mistakes = {"name one file": ["--jobs=2"], "no arm three": [study, "--baseline=three"],
                 "--key=value,value": [study, "--seed=3"], "5,7": [study, "--seeds=x"],
+                "seeds = 0": [study, "--seeds=0"],
                 "nearest is": ["config/train_11m.py", "--n_weg=2,4"]}
     for (says, _), done in zip(mistakes.items(), run_many("sweep.py", mistakes.values()), strict=True):
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
