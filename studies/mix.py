@@ -9,6 +9,7 @@ base = """config/train_11m.py --dataset=docstrings --n_way=16 --n_layers=4 --n_h
 arms = {
     "vanilla": "--meta_ratio=0",
     "vanilla, half the steps": "--meta_ratio=0 --max_steps=200",  # the language-model tokens of alternate
+    "vanilla, FLOPs of alternate": "--meta_ratio=0 --max_steps=508",
     "alternate": "--mix=alternate --meta_ratio=0.5",
     "joint": "--mix=joint --meta_weight=0.1",
     "inline": "--mix=inline --meta_weight=0.3",
