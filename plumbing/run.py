@@ -245,10 +245,10 @@ class Run:
         """Sum the numbers of a step over processes, for `read`: on a GPU a step later, so as not to wait."""
         asked = torch.full((), float(self.signal is not None), device=self.device)
         values = torch.cat((self.all_reduce(torch.stack([*numbers.values(), asked])), norm[None]))
-        there = (torch.cuda if self.lag else torch.cpu).Event()
+        copied = (torch.cuda if self.lag else torch.cpu).Event()
         values = values.to("cpu", non_blocking=bool(self.lag))
-        there.record()  # behind the copy, before the next step
-        self.unread.append((step, list(numbers), values, there, lr))
+        copied.record()  # behind the copy, before the next step
+        self.unread.append((step, list(numbers), values, copied, lr))
         self.read(self.lag)
 
     def read(self, all_but=0):
@@ -256,9 +256,9 @@ class Run:
         while len(self.unread) > all_but:
             self.write_step(*self.unread.pop(0))
 
-    def write_step(self, step, names, values, there, lr):
+    def write_step(self, step, names, values, copied, lr):
         """Check, log and print the numbers of a step. What is not finite ends the run."""
-        there.synchronize()
+        copied.synchronize()
         *values, asked, norm = values.tolist()
         self.stopping, line = bool(asked), dict(zip(names, values, strict=True))
         losses = {key: line[key] for key in ("lm_loss", "meta_loss") if key in line}
