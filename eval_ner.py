@@ -5,9 +5,9 @@
 
 Each model is tuned on the training sets, head-only (a linear layer on frozen features) and in full, then
 tested on every set, beside all O, and random weights in the first model's shape. A seed is of the head, the
-order of the sentences and the draw of `shots`. Results are kept in a model's ner/; the same sets and settings
-are not computed again. Unlike in the paper (arxiv.org/abs/2311.09122) a word is tagged at its last subword
-(`label_at`), where a causal model has read it, or in a second copy of the sentence (`twice`).
+order of the sentences and the draw of `shots`. Results are kept in a model's ner/, and tuned heads: one more
+test set tunes anew in full mode only. Unlike in the paper (arxiv.org/abs/2311.09122) a word is tagged at its
+last subword (`label_at`), where a causal model has read it, or in a second copy of the sentence (`twice`).
 """
 import copy
 import json
@@ -237,6 +237,9 @@ def p_value(difference):
     """Two-sided p of no difference, from differences (n,) in paired samples (Efron and Tibshirani 1993)."""
     return min(1.0, 2 * (1 + min((difference <= 0).sum(), (difference >= 0).sum())) / (1 + len(difference)))
 
+def digest(*values):
+    return sha256(repr(values).encode()).hexdigest()[:12]
+
 def evaluate(config, folder, label, loaded, data):
     """A model's results {mode: [{..., "sets": {set: score}} of each seed]}: in folder/ner, or made."""
     (train, dev, tests), tokenizer, model, results = data, loaded.tokenizer, loaded.model, {}
@@ -249,17 +252,30 @@ def evaluate(config, folder, label, loaded, data):
     modes = ["head", "full"] if config.mode == "both" else [config.mode]
     for mode, seed in product(modes, range(config.seeds or (5 if config.shots else 1))):
         rows = rows_of(tokenizer, few(train, config.shots, seed) if config.shots else train, config)
-        key = sha256(repr((tuning, mode, seed, weights, rows, dev_rows, test_rows)).encode()).hexdigest()[:12]
+        key = digest(tuning, mode, seed, weights, rows, dev_rows)
         path = folder / f"{config.train.replace(',', '+')}-{mode}-{label}-seed{seed}-{key}.json"
-        if not path.exists():
+        kept = read_json(path, "delete it and give the command again") if path.exists() else {"sets": {}}
+        names = {f"{name} {digest(of_set)}": name for name, of_set in test_rows.items()}  # as they are kept
+        if missing := names.keys() - kept["sets"]:
             tuned = copy.deepcopy(model)
             read = partial(word_features, tuned) if mode == "full" else read_frozen
             backbone = [p for p in tuned.parameters() if mode == "full" and p is not tuned.unembedding.weight]
-            head, f1, epoch = tune(config, read, backbone, model.config.d_model, rows, dev_rows, dev, seed)
-            sets = {name: score(s, predict(read, head, test_rows[name], s)) for name, s in tests.items()}
-            write_atomic(path, json.dumps(dict(dev_f1=f1, epoch=epoch, settings=asdict(config), sets=sets)))
-        results.setdefault(mode, []).append(read_json(path, "delete it and give the command again"))
-        print(f"{path}: dev F1 {results[mode][-1]['dev_f1']:.3f}", file=sys.stderr)
+            d_model = model.config.d_model
+            if backbone or "head" not in kept:  # a whole tuned model is too large to keep
+                head, kept["dev_f1"], kept["epoch"] = tune(
+                    config, read, backbone, d_model, rows, dev_rows, dev, seed)
+                kept["head"] = {name: p.tolist() for name, p in head.state_dict().items()}
+            else:
+                head = torch.nn.Linear(d_model, len(TAGS)).to(config.device)
+                head.load_state_dict({name: torch.tensor(p) for name, p in kept["head"].items()})
+            for kept_as, name in names.items():
+                if kept_as in missing:
+                    tags = predict(read, head, test_rows[name], tests[name])
+                    kept["sets"][kept_as] = score(tests[name], tags)
+            write_atomic(path, json.dumps(kept | {"settings": asdict(config)}))
+        print(f"{path}: dev F1 {kept['dev_f1']:.3f}", file=sys.stderr)
+        sets = {name: kept["sets"][kept_as] for kept_as, name in names.items()}
+        results.setdefault(mode, []).append(kept | {"sets": sets})
     return results
 
 def table(systems, tests):
