@@ -66,6 +66,7 @@ class Config:
     log_interval: Count = 1  # steps between printed lines; log.jsonl has every step
 
 RULES = [  # (what must hold, the sentence that says so); an error shows the settings that the sentence names
+    (lambda c: c.out_dir, "out_dir must name a folder"),
     (lambda c: c.lr < 1, "lr must be below 1; the paper has 3e-4"),
     (lambda c: c.d_model % (2 * c.n_heads) == 0, "d_model must divide into n_heads heads of an even width"),
     (lambda c: c.n_heads % c.n_kv_heads == 0, "n_kv_heads must divide n_heads"),
@@ -78,6 +79,7 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.target == "head" or c.inner_steps, "target does not adapt when inner_steps is 0"),
     (lambda c: c.meta_ratio or c.readout != "mask",
      "readout=mask needs a meta_ratio above 0, since only meta steps show <|mask|> to the model"),
+    (lambda c: c.meta_weight >= 0, "meta_weight must be 0 or more"),
     (lambda c: c.mix == "alternate" or c.meta_ratio, "mix=joint and mix=inline need a meta_ratio above 0"),
     (lambda c: c.mix != "inline" or (c.target, c.readout, c.micro_batch_size) == ("head", "before", 0),
      "mix=inline reads a step's own rows: it needs target=head, readout=before and micro_batch_size=0"),

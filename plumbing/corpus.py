@@ -174,7 +174,7 @@ class Corpus:
 
 def load_corpus(folder):
     """Open a corpus. Sizes are always checked, hashes and ids below 1 GB; damage ends the program."""
-    remedy = "prepare the corpus again with data/prepare.py"
+    remedy = "prepare this corpus with data/prepare.py"
     meta, tokenizer = read_json(f"{folder}/meta.json", remedy), load_tokenizer(folder)
     with reading(folder, remedy):
         if not tokenizer.n_vocab <= meta["vocab_size"] <= 65_536:

@@ -77,7 +77,7 @@ class Run:
         """The corpus that the settings name. The default one is built when it is missing."""
         config, folder = self.config, f"{self.config.data_dir}/{self.config.dataset}"
         if self.rank == 0 and config.dataset == "docstrings" and not os.path.exists(f"{folder}/meta.json"):
-            self.print("data    building the default corpus, once")
+            self.print(f"data    building the default corpus, once, in {folder}")
             script = [sys.executable, ROOT / "data/prepare.py", "docstrings", f"--data_dir={config.data_dir}"]
             if code := subprocess.run(script).returncode:
                 sys.exit(code)  # it has said why
