@@ -319,8 +319,8 @@ def test_evaluation_is_that_of_a_fresh_head_adapted_by_hand(runs, name, step, n)
     saved.head[f"{last}.weight"] = torch.zeros(n_way, saved.head[f"{last}.weight"].shape[1])
     saved.head[f"{last}.bias"] = torch.zeros(n_way)
     line = next(line for line in evaluations if line["step"] == step)
-    # After a call that asks whether there are any, and earlier evaluations.
-    first = 1 + 2 * 8 * len([line for line in evaluations if line["step"] < step])
+    # After two calls that ask whether there are any, and earlier evaluations.
+    first = 2 + 2 * 8 * len([line for line in evaluations if line["step"] < step])
     calls = drawn(here, name)[1][first : first + 2 * n]
     wanted = [(number, heldout) for heldout in (False, True) for number in range(n)]
     assert [(index, heldout) for index, heldout, _, _, _ in calls] == wanted
