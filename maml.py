@@ -6,21 +6,22 @@ Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `ad
 
 * As a rule only a small head on top of fixed features adapts (ANIL, https://arxiv.org/abs/1909.09157). The
   backbone then runs once a step, for all episodes at once: `episode_loss`. With another `--target` it
-  runs in each inner step, one episode at a time: `adapted_loss`.
+  runs in each inner step, one episode at a time: `episode_loss_through`.
 * The last layer of the head is initialised to zero, so that its loss is ln N. Training then moves it;
   evaluations set it to zero again (`fresh_head`).
 * Features are divided by sqrt(d). Those of a final RMSNorm then have a length of about 1, and one inner
   learning rate serves every width.
 
-This file knows features, labels and dicts of tensors; nothing of tokens, and of the model only names of
-parameters, `blocks` and `features_at`.
+This file knows features, labels and dicts of tensors; of the model only names of parameters, `blocks` and
+`features_at`, and nothing of what the windows are that it reads.
 Letters in shapes: E episodes, N ways, M windows of one episode (N*K of support or N*Q of query), d features.
 """
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch.func import grad, vmap
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # --------------------------------------------------------------------------------------------------
 # The head: {"0.weight": (hidden, d), "0.bias": (hidden,), "1.weight": ...}, the last (N, hidden) and (N,)
@@ -132,7 +133,7 @@ def adapted_loss(logits, params, support, query, *, lr, steps, first_order=True)
         inputs, labels = batch
         return F.cross_entropy(logits(params, inputs), labels)
 
-    # FORK HERE for another inner loss or inner loop. For other parameters to adapt, see the sign in train.py.
+    # FORK HERE for another inner loss or inner loop. For other parameters to adapt, see the sign at the end.
     adapted = adapt(loss_fn, params, support, lr, steps, first_order)
     inputs, labels = query
     answers = logits(adapted, inputs)  # (M, N)
@@ -184,3 +185,33 @@ def episode_loss(head, support, support_labels, query, query_labels, *, lr, step
         support, query = (scaled(support, dtype), support_labels), (scaled(query, dtype), query_labels)
         losses, numbers = vmap(episode, in_dims=(head_dim, 0, 0))(head, support, query)
     return losses.mean(), numbers
+
+def episode_loss_through(reader, target, head, e, *, head_lr, target_lr, steps, first_order=True, autocast):
+    """`episode_loss` where parts of the model adapt too: it runs in every inner step, episode by episode.
+
+    reader, target: as `inner_target` gives them. head: as `init_head` does. e: windows "support" and "query"
+    (E, M, L), the positions to read "support_pos" and "query_pos" (E, M), and "support_labels" and
+    "query_labels" (E, M). autocast: a context for the model alone.
+    """
+    # FORK HERE for other parameters to adapt: name their start here, and say in `logits` how the model reads.
+    start = {**target, **{f"head.{name}": p for name, p in head.items()}}
+    rates = {name: head_lr if name.startswith("head.") else target_lr for name in start}
+
+    def logits(params, windows):  # windows: tokens (M, L) and the positions (M,) to read -> (M, N)
+        with autocast:
+            weights = {name: params[name] for name in target}
+            features = functional_call(reader, weights, windows)  # (M, d)
+        head_params = {name: params[f"head.{name}"] for name in head}
+        return head_logits(head_params, scaled(features, head["0.bias"].dtype))
+
+    # Compiled blocks know nothing of torch.func, and fused attention has no second derivative.
+    kernel = nullcontext() if first_order else sdpa_kernel(SDPBackend.MATH)
+    results = []
+    with torch.compiler.set_stance("force_eager"), kernel:
+        for i in range(len(e["support"])):
+            support, query = (((e[name][i], e[f"{name}_pos"][i]), e[f"{name}_labels"][i])
+                              for name in ("support", "query"))
+            results.append(adapted_loss(logits, start, support, query, lr=rates, steps=steps,
+                                        first_order=first_order))
+    losses, numbers = zip(*results, strict=True)
+    return torch.stack(losses).mean(), {key: torch.stack([n[key] for n in numbers]) for key in numbers[0]}

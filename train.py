@@ -20,7 +20,6 @@ from plumbing.settings import load
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maml
 import smlmt
@@ -46,9 +45,9 @@ outputs = config.n_way if config.inner_steps else corpus.vocab_size
 head = maml.init_head(config.d_model, outputs, config.head_layers, config.head_hidden,
                       torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
-# At a linear head of zeros the Hessian of the loss of N classes has eigenvalues of at most 2 / N, as features
-# and bias have length 1. So gradient descent is stable with steps below N, that is with an inner_lr below 1.
+# The loss of N classes is curved by at most 2 / N at a linear head of zeros: steps below N are stable.
 inner_step = config.inner_lr * config.n_way
+reader, target = maml.inner_target(model, config.target, config.target_layers)
 params = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
 optimizer = torch.optim.AdamW(
     [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -56,6 +55,8 @@ optimizer = torch.optim.AdamW(
     lr=config.lr, betas=(0.9, 0.95), fused=True)
 autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+# Gradients of an inner loop through the model are not scaled: no float16 there.
+inner_autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
 
 def lr_at(step):
     """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""
@@ -176,7 +177,9 @@ def run_episodes(episodes, head, steps=config.inner_steps):
     names = [field.name for field in dataclasses.fields(smlmt.Episode) if field.name != "far_share"]
     e = {name: to_device(np.stack([getattr(one, name) for one in episodes])) for name in names}  # (E, ...)
     if config.target != "head":
-        return run_episodes_through(e, head, steps)
+        return maml.episode_loss_through(
+            reader, target, head, e, head_lr=inner_step, target_lr=config.target_lr, steps=steps,
+            first_order=not config.second_order, autocast=inner_autocast)
 
     def features(tokens, positions):  # (E, M, L) tokens, read at (E, M) positions -> (E, M, C)
         return model.features_at(tokens.flatten(0, 1), positions.flatten()).unflatten(0, positions.shape)
@@ -186,35 +189,6 @@ def run_episodes(episodes, head, steps=config.inner_steps):
     with autocast:
         query = features(e["query"], e["query_pos"])
     return head_loss(head, e, support, query, steps)
-
-# What adapts besides the head: parameters of `reader`, the model read at one position of each row.
-reader, target = maml.inner_target(model, config.target, config.target_layers)
-# Inner gradients are not scaled, so there is no float16 here.
-inner_autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
-
-def run_episodes_through(e, head, steps):
-    """run_episodes where parts of the model adapt too: it runs in every inner step, episode by episode."""
-    # FORK HERE for other parameters to adapt: name their start here, and say in `logits` how the model reads.
-    start = {**target, **{f"head.{name}": p for name, p in head.items()}}
-    rates = {name: inner_step if name.startswith("head.") else config.target_lr for name in start}
-
-    def logits(params, windows):  # windows: tokens (M, L) and the positions (M,) to read -> (M, N)
-        with inner_autocast:
-            weights = {name: params[name] for name in target}
-            features = torch.func.functional_call(reader, weights, windows)  # (M, C)
-        return maml.head_logits({name: params[f"head.{name}"] for name in head}, maml.scaled(features))
-
-    # Compiled blocks know nothing of torch.func, and fused attention has no second derivative.
-    kernel = sdpa_kernel(SDPBackend.MATH) if config.second_order else nullcontext()
-    results = []
-    with torch.compiler.set_stance("force_eager"), kernel:
-        for i in range(len(e["words"])):
-            support, query = (((e[name][i], e[f"{name}_pos"][i]), e[f"{name}_labels"][i])
-                              for name in ("support", "query"))
-            results.append(maml.adapted_loss(logits, start, support, query, lr=rates, steps=steps,
-                                             first_order=not config.second_order))
-    losses, numbers = zip(*results, strict=True)
-    return torch.stack(losses).mean(), {key: torch.stack([n[key] for n in numbers]) for key in numbers[0]}
 
 def train_step(step):
     """The objective or both, as `mix` says. Leaves gradients in `params`; returns this process's numbers."""
@@ -259,11 +233,11 @@ def evaluate(n_episodes):
     wanted = {} if no_val_episodes else {"val_query_acc": False, "heldout_query_acc": True}
     for key, heldout in wanted.items():
         answers = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
-        for i in range(run.rank, n_episodes, run.world):
-            episode = val_pools.sampler(0).episode(i, heldout)
-            _, numbers_of = run_episodes([episode], fresh, steps=config.inner_steps or 10)
-            answers[0, i], answers[1, i] = numbers_of["query_acc_before"], numbers_of["query_acc"]
-            answers[2, i] = to_device(episode.words.repeat(config.q_query))
+        for part in run.micro_batches(n_episodes, "meta"):
+            episodes = [val_pools.sampler(0).episode(i, heldout) for i in range(part.start, part.stop)]
+            _, of_part = run_episodes(episodes, fresh, steps=config.inner_steps or 10)
+            answers[0, part], answers[1, part] = of_part["query_acc_before"], of_part["query_acc"]
+            answers[2, part] = to_device([episode.words.repeat(config.q_query) for episode in episodes])
         before, after, words = run.all_reduce(answers).flatten(1).cpu()
         numbers |= {key: after.mean().item(), f"{key}_before": before.mean().item(),
                     f"{key}_se": maml.standard_error(after, words).item()}  # there are few held-out words

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -136,22 +137,18 @@ def parameters():
     net = llama.Llama(llama.ModelConfig(24, 2, n_heads=4, n_kv_heads=2, d_ff=32, vocab_size=64)).double()
     head = {name: p.double() + 0.1 * torch.randn(p.shape, dtype=torch.float64)
             for name, p in maml.init_head(24, 4, layers=2, hidden=8).items()}
-    windows, positions, labels = torch.randint(64, (2, 8, 12)), torch.full((8,), 11), torch.arange(8) % 4
+    labels = torch.arange(8)[None] % 4
+    episode = {"support_labels": labels, "query_labels": labels}
+    for part in ("support", "query"):
+        episode |= {part: torch.randint(64, (1, 8, 12)), f"{part}_pos": torch.full((1, 8), 11)}
 
     def gradients(target, first_order, device):
         reader, adapting = maml.inner_target(copy.deepcopy(net).to(device), target)
-        own = {f"head.{name}": p.to(device).requires_grad_() for name, p in head.items()}
-
-        def logits(params, tokens):
-            weights = {name: params[name] for name in adapting}
-            features = torch.func.functional_call(reader, weights, (tokens, positions.to(device)))
-            return maml.head_logits({name: params[f"head.{name}"] for name in head},
-                                    maml.scaled(features, torch.float64))
-
-        support, query = ((part.to(device), labels.to(device)) for part in windows)
+        own = {name: p.to(device).requires_grad_() for name, p in head.items()}
+        e = {name: of_all.to(device) for name, of_all in episode.items()}
         with sdpa_kernel(SDPBackend.MATH), in_float64():
-            loss, _ = maml.adapted_loss(logits, {**adapting, **own}, support, query, lr=0.5, steps=3,
-                                        first_order=first_order)
+            loss, _ = maml.episode_loss_through(reader, adapting, own, e, head_lr=0.5, target_lr=0.5, steps=3,
+                                                first_order=first_order, autocast=nullcontext())
             found = torch.autograd.grad(loss, [*reader.parameters(), *own.values()], allow_unused=True)
         return [loss.detach(), *(g for g in found if g is not None)]
 

@@ -152,17 +152,22 @@ def test_every_script_without_what_only_linux_has(runs, data_dir, tmp_path):
     assert without_times(log_of(run)) == without_times(log_of(runs["plain"][0]))
 
 def test_an_environment_that_others_have_set(data_dir, tmp_path, monkeypatch):
-    """That of a notebook, of a cluster, of a terminal without UTF-8; a compiler that cannot work; a ~."""
-    (tmp_path / "with space").mkdir()
-    for key, text in {"MPLBACKEND": "module://nowhere", "PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2",
-                      "RANK": "", "LOCAL_RANK": "3", "WORLD_SIZE": "2", "HOME": tmp_path,
-                      "TMPDIR": tmp_path / "with space"}.items():
+    """That of a notebook, of a cluster, of a terminal without UTF-8; a ~."""
+    for key, text in {"MPLBACKEND": "module://nowhere", "PYTHONIOENCODING": "ascii", "RANK": "",
+                      "LOCAL_RANK": "3", "WORLD_SIZE": "2", "HOME": tmp_path}.items():
         monkeypatch.setenv(key, str(text))
-    words = [*WORDS, f"--data_dir={data_dir}", "--max_steps=1", "--out_dir=~/a/run", "--compile=True"]
-    assert "1 x cpu" in (out := run_script("train.py", *words).stdout) and "not compiled (" in out
+    words = [*WORDS, f"--data_dir={data_dir}", "--max_steps=1", "--out_dir=~/a/run"]
+    assert "1 x cpu" in run_script("train.py", *words).stdout
     assert (tmp_path / "a/run/curves.png").exists()
     done = run_script("sample.py", tmp_path / "a/run", "--prompt=Café ~/a", "--n_samples=1")
     assert "Caf? ~/a" in done.stdout
+
+@pytest.mark.slow
+def test_a_compiler_that_cannot_work(tmp_path, monkeypatch):
+    (tmp_path / "with space").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "with space"))
+    program = "import torch; from plumbing import machine; print(machine.not_compiled(torch.device('cpu')))"
+    assert len(run_script("-c", program).stdout) > 2
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["11m", "65m", "181m", "570m"])

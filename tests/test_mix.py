@@ -15,7 +15,7 @@ WORDS = f"""--d_model={D} --n_layers=1 --n_heads=2 --n_kv_heads=1 --d_ff=24 --bl
     --compile=False --dtype=float32 --n_way={N} --k_shot={K} --q_query={Q} --episode_len=20 --inner_lr=1
     --inner_steps={STEPS} --meta_ratio=0.5 --meta_weight={WEIGHT} --episodes_per_step={E} --max_steps=4
     --warmup_steps=1 --lr=0.01 --grad_clip=1e9 --eval_steps=2 --eval_interval=1000 --ckpt_interval=1
-    --word_max_count=1000 --word_min_count=5""".split()
+    --word_max_count=1000 --word_min_count=200""".split()
 CASES = {  # name of a run -> what it adds to WORDS
     "vanilla": ["--meta_ratio=0"], "lm": ["--meta_ratio=0", "--max_steps=1"],
     "meta": ["--meta_ratio=1", "--max_steps=1"], "joint": ["--mix=joint", "--max_steps=1"],

@@ -1,12 +1,9 @@
 """sample.py as a user runs it, on the run of the quick start."""
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_many
+from conftest import run_many
 
 from plumbing.checkpoint import load_model
 
@@ -55,16 +52,6 @@ def test_temperature_zero_takes_the_likeliest(quick_start, results, name, step):
         ids.append(loaded.model.logits(torch.tensor([ids[-32:]]))[0, -1].argmax().item())
     expected = PROMPT + loaded.tokenizer.decode(ids[start:]).split("<|endoftext|>")[0]
     assert set(texts(results[name])) == {expected + "\n"} and f"step {step}" in results[name].stdout
-
-@pytest.mark.parametrize("unbuffered", ["", "1"])  # it is noticed while printing, or at the very end
-def test_a_reader_that_went_away_is_no_mistake(quick_start, unbuffered):
-    reader, writer = os.pipe()
-    os.close(reader)
-    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    command = [sys.executable, ROOT / "sample.py", quick_start.folder]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=100)
-    os.close(writer)
-    assert done.stderr == b""
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_line(results, name):

@@ -1,12 +1,15 @@
 """Episodes against the text itself. The oracles here know nothing of the index. They decode windows,
 search words with a regular expression, and find each window in the pool by the tokens before its mask.
 """
+import os
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from conftest import run_many
+from conftest import ROOT, run_many
 
 import smlmt
 from plumbing.corpus import load_corpus
@@ -353,3 +356,13 @@ def test_script_prints_a_task_of_the_corpus_or_one_line(data_dir, tmp_path):
     assert done.stdout.count("_____") == 12 and "ANSWERS: a = " in done.stdout, done
     assert nothing.returncode == 2 and nothing.stdout == ""
     assert re.fullmatch(r"error: [^\n]+\n", nothing.stderr)
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # it is noticed while printing, or at the very end
+def test_a_reader_that_went_away_is_no_mistake(data_dir, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, environment = [sys.executable, ROOT / "smlmt.py", data_dir / "docstrings"], os.environ
+    done = subprocess.run(command, env=environment | {"PYTHONUNBUFFERED": unbuffered}, stdout=writer,
+                          stderr=subprocess.PIPE, timeout=100)
+    os.close(writer)
+    assert done.stderr == b""
