@@ -5,16 +5,17 @@ Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `ad
 `episode_loss` the sum in line 10, as a mean. First order is their section 5.2. Three departures:
 
 * As a rule only a small head on top of fixed features adapts (ANIL, https://arxiv.org/abs/1909.09157). The
-  backbone then runs once a step, for all episodes at once: `episode_loss`. With another `--target` it
+  backbone then reads each window once, for all episodes at once: `episode_loss`. With another `--target` it
   runs in each inner step, one episode at a time: `episode_loss_through`.
-* The last layer of the head is initialised to zero, so that its loss is ln N. Training then moves it;
+* The last layer of the head is initialised to zero, so that the first loss is ln N. Training then moves it;
   evaluations set it to zero again (`fresh_head`).
 * Features are divided by sqrt(d). Those of a final RMSNorm then have a length of about 1, and one inner
   learning rate serves every width.
 
-This file knows features, labels and dicts of tensors; of the model only names of parameters, `blocks` and
-`features_at`, and nothing of what the windows are that it reads.
-Letters in shapes: E episodes, N ways, M windows of one episode (N*K of support or N*Q of query), d features.
+This file deals in features, labels and dicts of tensors. Of the model it uses names of parameters, `blocks`
+and `features_at`; what the windows hold does not matter to it.
+Letters in shapes: E episodes, N ways, K support and Q query windows of a way, M windows of one episode (N*K
+or N*Q), L tokens of a window, d features (C in model.py and train.py).
 """
 from contextlib import nullcontext
 
@@ -29,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def init_head(d_model, n_way, layers=1, hidden=128, generator=None):
     """Initial weights of a classifier of `layers` linear layers with ReLU between, float32 on the CPU.
 
-    layers=4 is the head of Africa et al. 2025 (https://arxiv.org/abs/2508.02189), but for the last layer's 0.
+    layers=4 is the head of Africa et al. 2025 (https://arxiv.org/abs/2508.02189), but its last layer is zero.
     """
     widths = [d_model] + [hidden] * (layers - 1) + [n_way]
     head = {}
@@ -58,7 +59,7 @@ def head_logits(params, features):
         features = F.relu(F.linear(features, params[f"{i}.weight"], params[f"{i}.bias"]))  # (..., hidden)
     return F.linear(features, params[f"{last}.weight"], params[f"{last}.bias"])  # (..., N)
 
-def columns(head, words):
+def word_heads(head, words):
     """The heads of E episodes, cut from one with an output per vocabulary id: N outputs, a leading E.
 
     For the multi-task control (inner_steps=0): the same questions as plain classification. It does not adapt
@@ -72,7 +73,7 @@ def columns(head, words):
 # --------------------------------------------------------------------------------------------------
 # What adapts besides the head
 
-TARGETS = {  # target -> beginnings of the names of its parameters within a block
+TARGETS = {  # target -> beginnings of the names of its parameters within a block; embeddings never adapt
     "head": [], "attention": ["attention."], "mlp": ["mlp."], "attention+mlp": ["attention.", "mlp."],
     "norms": ["attention_norm.", "mlp_norm."], "all": [""]}
 
@@ -105,12 +106,12 @@ def adapt(loss_fn, params, batch, lr, steps, first_order=True):
 
     params: a dict of tensors, which stay as they are. lr: a number, or a dict with one for each name.
     Differentiable in `params`, and at second order in everything else that the loss depends on. First order
-    takes every inner gradient for a constant: then d adapted / d params = 1, and the outer gradient at the
-    adapted parameters is also that of the initial ones.
+    treats every inner gradient as a constant: then d adapted / d params is the identity, and the gradient at
+    the adapted parameters is also that of the initial ones.
     """
     rate = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
     for _ in range(steps):
-        with torch.no_grad() if first_order else nullcontext():  # grad works in it; its result is a constant
+        with torch.no_grad() if first_order else nullcontext():  # torch.func.grad works in it, too
             gradient = grad(loss_fn)(params, batch)
         # theta' = theta - alpha * grad_theta L(theta)
         params = {name: p - rate[name] * gradient[name] for name, p in params.items()}
@@ -123,46 +124,46 @@ def scaled(features, dtype=torch.float32):
     """Features (..., d) / sqrt(d), as a head takes them: here half precision ends and float32 begins."""
     return features.to(dtype) * features.shape[-1] ** -0.5
 
-def adapted_loss(logits, params, support, query, *, lr, steps, first_order=True):
+def adapted_loss(logits_fn, params, support, query, *, lr, steps, first_order=True):
     """The query loss of one episode after adaptation to its support (nats), and numbers to log (detached).
 
-    logits: a function of (parameters, inputs) that gives (M, N). params: all that adapts, at its start.
-    support, query: (inputs, labels (M,)), labels int64 in 0..N-1. Only `logits` knows what the inputs are.
+    logits_fn: a function of (parameters, inputs) that gives (M, N). params: all that adapts, at its start.
+    support, query: (inputs, labels (M,)), labels int64 in 0..N-1. Only logits_fn knows what the inputs are.
     """
     def loss_fn(params, batch):
         inputs, labels = batch
-        return F.cross_entropy(logits(params, inputs), labels)
+        return F.cross_entropy(logits_fn(params, inputs), labels)
 
-    # FORK HERE for another inner loss or inner loop. For other parameters to adapt, see the sign at the end.
+    # FORK HERE for another inner loss (its steps are in `adapt`). For other parameters, see the sign below.
     adapted = adapt(loss_fn, params, support, lr, steps, first_order)
     inputs, labels = query
-    answers = logits(adapted, inputs)  # (M, N)
+    answers = logits_fn(adapted, inputs)  # (M, N)
     loss = F.cross_entropy(answers, labels)
     with torch.no_grad():
-        before = logits(params, inputs)
-        support_before, support_after = logits(params, support[0]), logits(adapted, support[0])
+        before = logits_fn(params, inputs)
+        support_before, support_after = logits_fn(params, support[0]), logits_fn(adapted, support[0])
         numbers = {
             "meta_loss": loss.detach(),
             "support_loss_before": F.cross_entropy(support_before, support[1]),
             "query_loss_before": F.cross_entropy(before, labels),
-            "support_acc": right(support_after, support[1]).mean(),
-            "query_acc": right(answers, labels),  # (M,), all others ()
-            "query_acc_before": right(before, labels),
+            "support_acc": correct(support_after, support[1]).mean(),
+            "query_acc": correct(answers, labels),  # (M,), as the next; all others ()
+            "query_acc_before": correct(before, labels),
             # what answering the commonest label scores: above chance only if labels are unbalanced, a fault
             "majority_acc": (labels[:, None] == labels).to(loss.dtype).mean(0).max(),
             "chance": loss.new_full((), 1 / answers.shape[-1]),
         }
     return loss, numbers
 
-def right(logits, labels):
+def correct(logits, labels):
     """(M,) 1 where the largest of a row of logits (M, N) is the label's (M,). A head of zeros answers 0."""
     return (logits.argmax(-1) == labels).to(logits.dtype)
 
 def standard_error(values, clusters):
-    """Standard error of the mean of values (n,) that depend on each other within a cluster (n,), as a word.
+    """Standard error of the mean of values (n,) that depend on each other within a cluster (n,), say a word.
 
     Residuals are summed within each of the G clusters, and the squares of the sums added up (Liang and Zeger
-    1986), times G / (G - 1): one cluster has no error.
+    1986), times G / (G - 1): of one cluster it is not a number.
     """
     clusters = clusters.unique(return_inverse=True)[1]
     sums = torch.zeros(clusters.max() + 1, dtype=values.dtype).index_add(0, clusters, values - values.mean())
@@ -171,35 +172,36 @@ def standard_error(values, clusters):
 def episode_loss(head, support, support_labels, query, query_labels, *, lr, steps, first_order=True):
     """The mean over E episodes of the query loss after the head has adapted to the support; numbers to log.
 
-    head: initial weights, one dict for all episodes or one with a leading E on every tensor (see `columns`).
+    head: initial weights, one dict for all episodes or one with a leading E on every tensor (`word_heads`).
     support, query: features as the backbone gives them, (E, N*K, d) and (E, N*Q, d), of any float dtype.
     The loss, in nats, is differentiable in head and query, at second order in support too. The numbers are
     detached, (E,) each or (E, N*Q).
     """
-    def episode(head, support, query):  # each of the two a batch of (features (M, d), labels (M,))
+    def episode(head, support, query):  # support and query: features (M, d), labels (M,)
         return adapted_loss(head_logits, head, support, query, lr=lr, steps=steps, first_order=first_order)
 
     with torch.autocast(support.device.type, enabled=False):
         dtype = head["0.bias"].dtype  # the inner loop runs in the dtype of the head, which is float32
-        head_dim = 0 if head["0.bias"].ndim == 2 else None  # a head for each episode, or one for all
+        head_axis = 0 if head["0.bias"].ndim == 2 else None  # a head for each episode, or one for all
         support, query = (scaled(support, dtype), support_labels), (scaled(query, dtype), query_labels)
-        losses, numbers = vmap(episode, in_dims=(head_dim, 0, 0))(head, support, query)
+        losses, numbers = vmap(episode, in_dims=(head_axis, 0, 0))(head, support, query)
     return losses.mean(), numbers
 
-def episode_loss_through(reader, target, head, e, *, head_lr, target_lr, steps, first_order=True, autocast):
-    """`episode_loss` where parts of the model adapt too: it runs in every inner step, episode by episode.
+def episode_loss_through(reader, adapting, head, e, *, head_lr, target_lr, steps, first_order=True, autocast):
+    """`episode_loss` where parts of the model adapt too: it runs in each inner step, episode by episode.
 
-    reader, target: as `inner_target` gives them. head: as `init_head` does. e: windows "support" and "query"
-    (E, M, L), the positions to read "support_pos" and "query_pos" (E, M), and "support_labels" and
+    reader, adapting: as `inner_target` gives them. head: as `init_head` does. e: windows "support" and
+    "query" (E, M, L), the positions to read "support_pos" and "query_pos" (E, M), and "support_labels" and
     "query_labels" (E, M). autocast: a context for the model alone.
     """
-    # FORK HERE for other parameters to adapt: name their start here, and say in `logits` how the model reads.
-    start = {**target, **{f"head.{name}": p for name, p in head.items()}}
+    # FORK HERE for other parameters to adapt, if --target is not head: name their start, and say in `logits`
+    # how the model reads. The outer loop learns a start only if it is in the model or in `head`.
+    start = {**adapting, **{f"head.{name}": p for name, p in head.items()}}
     rates = {name: head_lr if name.startswith("head.") else target_lr for name in start}
 
     def logits(params, windows):  # windows: tokens (M, L) and the positions (M,) to read -> (M, N)
         with autocast:
-            weights = {name: params[name] for name in target}
+            weights = {name: params[name] for name in adapting}
             features = functional_call(reader, weights, windows)  # (M, d)
         head_params = {name: params[f"head.{name}"] for name in head}
         return head_logits(head_params, scaled(features, head["0.bias"].dtype))

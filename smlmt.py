@@ -50,7 +50,7 @@ def words_of(text):
     return [word.casefold() for word in "".join(c if c.isalpha() else " " for c in text).split()]
 
 def is_heldout(word):
-    """Of a fixed tenth of all words, the same in every corpus and for every seed, training asks nothing."""
+    """Whether a word is in the tenth that training never asks about: the same for all corpora and seeds."""
     return zlib.crc32(word.encode()) % 10 == 0
 
 def generator(seed, *index):
@@ -122,7 +122,7 @@ class Pools:
         return self.latest
 
     def problem(self, heldout=False):
-        """Why the first pool gives no such episodes, in one line; empty if it does."""
+        """Why the first pool gives no episode (of held-out words), in one line; empty if it gives one."""
         try:
             self.sampler(0).episode(0, heldout)
         except ValueError as error:
@@ -133,7 +133,7 @@ class Pools:
 # The sampler
 
 class Vocabulary:
-    """Tables by token id, `size` entries each: where words begin and end, and which tokens are forms.
+    """Tables by token id, `size` entries each: which begin or end with a letter, and which are forms.
 
     A form is a casefolded word that is one token with its leading space. Forms have numbers, too.
     """
@@ -146,8 +146,8 @@ class Vocabulary:
         def is_letter(c):  # a stray byte may be a piece of a letter and so counts as one
             return c.isalpha() or "\udc80" <= c <= "\udcff"
 
-        self.begins = np.array([is_letter(text[:1]) for text in texts])  # bool: with a letter
-        self.ends = np.array([is_letter(text[-1:]) for text in texts])
+        self.letter_first = np.array([is_letter(text[:1]) for text in texts])  # bool
+        self.letter_last = np.array([is_letter(text[-1:]) for text in texts])
         self.several = np.array([len(of_token) > 1 for of_token in words])  # bool: it holds several words
         self.is_form = np.array([text[:1] == " " and text[1:].isalpha() for text in texts])  # bool: " word"
         ids = {}  # form -> its token id: of " the" and " The" the lower one, in BPE the commoner
@@ -198,7 +198,7 @@ class Sampler:
         whole (m,)   whether the chunk is just " word" and so can be masked
         """
         tokens, v = self.tokens, vocabulary
-        goes_on = v.ends[tokens[:-1]] & v.begins[tokens[1:]]  # (n-1,) a word goes on from a token to the next
+        goes_on = v.letter_last[tokens[:-1]] & v.letter_first[tokens[1:]]  # (n-1,) a word goes on behind it
         starts = np.concatenate([[0], np.flatnonzero(~goes_on) + 1, [len(tokens)]])
 
         # Nearly all chunks are one token with one word or none. These are looked up, all at once.
@@ -281,7 +281,7 @@ class Sampler:
     def episode(self, index, heldout=False):
         """The task of this index, an int or a tuple of ints such as (step, number): the same at every call.
 
-        Words are equally likely, and so are the documents of a word.
+        Words are equally likely, and so are the groups of a word, and the windows of a group.
         """
         N, K, Q, words = self.n_way, self.k_shot, self.q_query, self.words[heldout]
         if len(words) < N:
@@ -325,12 +325,13 @@ def inline(vocabulary, rows, rng, n_episodes, *, n_way, k_shot, q_query):
 
     A causal model's features at a token have not seen the next one. So the tasks need no mask, and no forward
     pass of their own. Asked for are words of training that occur K + Q times in rows (B, T + 1). Returns how
-    many there are and, if they are N, a dict named as an Episode is, of E tasks. Its support (E, N*K) and
-    query (E, N*Q) are places to read: b T + t for the features of token t in row b.
+    many there are and, if they are at least N, E tasks: a dict whose keys are fields of an Episode. Its
+    support (E, N*K) and query (E, N*Q) are places to read: b T + t for the features of token t in row b.
+    Unlike an Episode's, the windows of a word may overlap, and may have the word in them.
     """
     v, (B, width) = vocabulary, rows.shape
     form = v.form_of[rows[:, 1:-1]]  # (B, T - 1) the word that comes next, or -1
-    asked = v.is_form[rows[:, 1:-1]] & ~v.begins[rows[:, 2:]] & ~v.heldout[form]  # and ends there
+    asked = v.is_form[rows[:, 1:-1]] & ~v.letter_first[rows[:, 2:]] & ~v.heldout[form]  # and ends there
     place = (np.arange(B)[:, None] * (width - 1) + np.arange(width - 2))[asked]  # (m,)
     count = np.bincount(form[asked], minlength=len(v.ids))
     first = np.cumsum(count) - count  # of each word, among the places in order of their words

@@ -7,7 +7,7 @@
 
 At each step a coin chooses between the two objectives (Africa et al. 2025, arXiv 2508.02189), or both losses
 are added up (--mix). All that is drawn is a function of (seed, stream, step): a resumed run equals the run
-that was never stopped, bit for bit on a CPU. Settings are in config/defaults.py, the rest in plumbing/run.py.
+that was never stopped, bit for bit on a CPU. Settings: config/defaults.py. Files, processes: plumbing/run.py.
 """
 import dataclasses
 import math
@@ -40,14 +40,14 @@ shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig
 model = Llama(ModelConfig(**shape, vocab_size=corpus.vocab_size)).to(device)
 if run.compile:
     model.compile_parts()
-# The multi-task control does not adapt, so its head needs an output for each id of the vocabulary.
+# The multi-task control (inner_steps=0) does not adapt in training: its head has an output for each id.
 outputs = config.n_way if config.inner_steps else corpus.vocab_size
 head = maml.init_head(config.d_model, outputs, config.head_layers, config.head_hidden,
                       torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
-# The loss of N classes is curved by at most 2 / N at a linear head of zeros: steps below N are stable.
-inner_step = config.inner_lr * config.n_way
-reader, target = maml.inner_target(model, config.target, config.target_layers)
+# At a linear head of zeros the loss of N classes is curved by at most 2 / N: rates below N are stable.
+head_lr = config.inner_lr * config.n_way
+reader, adapting = maml.inner_target(model, config.target, config.target_layers)
 params = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
 optimizer = torch.optim.AdamW(
     [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -62,7 +62,7 @@ def lr_at(step):
     """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
-    left = (config.max_steps + 1 - step) / (config.max_steps + 1 - config.warmup_steps)  # 1 to 0
+    left = (config.max_steps + 1 - step) / (config.max_steps + 1 - config.warmup_steps)  # between 1 and 0
     shares = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
     return config.lr * shares[config.schedule]
 
@@ -75,7 +75,7 @@ def rng(stream, *index):
     return np.random.default_rng((config.seed, stream, *index))
 
 def to_device(array, dtype=np.int64):
-    """An array as a tensor on the device, copied without waiting for the GPU."""
+    """An array, cast to dtype, as a tensor on the device; copied without waiting for the GPU."""
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -85,11 +85,11 @@ def get_batch(tokens, starts):
     return rows[:, :-1], rows[:, 1:]
 
 names = "pool_tokens n_way k_shot q_query episode_len readout word_min_count word_max_count".split()
-pools = partial(smlmt.Pools, token_bytes=corpus.token_bytes, eot=corpus.eot, mask=corpus.mask,
+make_pools = partial(smlmt.Pools, token_bytes=corpus.token_bytes, eot=corpus.eot, mask=corpus.mask,
                 **{name: getattr(config, name) for name in names})
-train_pools = pools(corpus.train, pool_seed=(config.seed, POOL), seed=(config.seed, EPISODES))
-val_pools = pools(corpus.val, pool_seed=0, seed=0)  # the same episodes for every run and seed
-vocabulary = smlmt.Vocabulary(corpus.token_bytes, corpus.vocab_size)
+train_pools = make_pools(corpus.train, pool_seed=(config.seed, POOL), seed=(config.seed, EPISODES))
+val_pools = make_pools(corpus.val, pool_seed=0, seed=0)  # the same episodes for every run and seed
+vocabulary = smlmt.Vocabulary(corpus.token_bytes, corpus.vocab_size)  # for mix=inline
 
 def training_episode(step, number):
     with reading(f"episodes from {config.dataset}", "see --help for these settings"):
@@ -104,10 +104,10 @@ if config.meta_ratio and config.mix != "inline":
 
 # --------------------------------------------------------------------------------------------------
 # The two objectives. A language-model step predicts the next token. A meta step takes few-shot tasks: which
-# of N words was masked here? On a task's support set a small head adapts by gradient descent, the inner loop.
-# Its loss on the query set then is the meta loss. The gradient of that, the outer loop, trains the model, and
-# the head's start, to be easy to adapt. At first order (Finn et al. 2017, section 5.2) the support features
-# are constants, so the model learns from the query set alone.
+# of N words was masked here? On a task's support set a small head adapts by gradient descent: the inner loop.
+# The adapted head's loss on the query set is the meta loss. Its gradient trains the model, and the head's
+# start, to be easy to adapt: the outer loop. At first order (Finn et al. 2017, section 5.2) the support
+# features are constants, so the model learns from the query set alone.
 
 def lm_step(step, inline=False):
     """Next-token prediction. Leaves gradients in `params`; returns this process's share of the numbers."""
@@ -128,7 +128,7 @@ def lm_step(step, inline=False):
     return total
 
 def meta_step(step):
-    """One outer step of MAML. Leaves gradients in `params`; returns this process's share of the numbers."""
+    """The meta loss of a step. Leaves gradients in `params`; returns this process's share of the numbers."""
     total, weight = {}, config.meta_weight if config.mix == "joint" else 1
     for part in run.micro_batches(config.episodes_per_step, "meta"):
         episodes = [training_episode(step, number) for number in range(part.start, part.stop)]
@@ -142,7 +142,7 @@ def meta_step(step):
 def inline_loss(step, starts, features, first):
     """The meta loss of tasks inside the rows of a language-model step, and numbers to log.
 
-    features (B, T, C): of this process's rows, which begin at place `first` of the step's.
+    features (B, T, C): of this process's rows. Their first token is place `first` of the step (smlmt.inline).
     """
     rows = np.stack([corpus.train[i : i + config.block_size + 1] for i in starts])
     found, tasks = smlmt.inline(vocabulary, rows, rng(EPISODES, step), config.episodes_per_step,
@@ -153,14 +153,14 @@ def inline_loss(step, starts, features, first):
     if config.shuffle_labels:
         for number, labels in enumerate(tasks["support_labels"]):
             labels[:] = rng(SHUFFLE, step, number).permutation(labels)
-    e = {name: to_device(of_all) for name, of_all in tasks.items()}
+    e = {name: to_device(array) for name, array in tasks.items()}
 
     def read(places):  # (E, M) places of the step -> features (E, M, C), those of other processes constants
         own = features.flatten(0, 1)
         mine = (places >= first) & (places < first + len(own))
         own = own[(places - first).clamp(0, len(own) - 1)] * mine[..., None]
-        of_all = run.all_reduce(own.detach().clone())
-        return of_all + run.world * (own - own.detach())  # adds 0, and carries the gradient of these
+        everyone = run.all_reduce(own.detach().clone())
+        return everyone + run.world * (own - own.detach())  # adds 0, and the gradient; `world` as below
 
     # All processes have this same loss; each gives the gradient of its own features and a part of the head's.
     loss, of_episodes = head_loss(head, e, read(e["support"]), read(e["query"]))
@@ -168,17 +168,17 @@ def inline_loss(step, starts, features, first):
 
 def head_loss(head, e, support, query, steps=config.inner_steps):
     """Mean query loss of E episodes after adaptation of the head, given features, and numbers to log."""
-    start = head if steps else maml.columns(head, e["words"])
+    start = head if steps else maml.word_heads(head, e["words"])
     return maml.episode_loss(start, support, e["support_labels"], query, e["query_labels"],
-                             lr=inner_step, steps=steps, first_order=not config.second_order)
+                             lr=head_lr, steps=steps, first_order=not config.second_order)
 
 def run_episodes(episodes, head, steps=config.inner_steps):
-    """Mean query loss of E episodes after adaptation, and numbers to log: episode_loss tells which."""
+    """Mean query loss of E episodes after adaptation, and numbers to log: see maml.adapted_loss."""
     names = [field.name for field in dataclasses.fields(smlmt.Episode) if field.name != "far_share"]
     e = {name: to_device(np.stack([getattr(one, name) for one in episodes])) for name in names}  # (E, ...)
     if config.target != "head":
         return maml.episode_loss_through(
-            reader, target, head, e, head_lr=inner_step, target_lr=config.target_lr, steps=steps,
+            reader, adapting, head, e, head_lr=head_lr, target_lr=config.target_lr, steps=steps,
             first_order=not config.second_order, autocast=inner_autocast)
 
     def features(tokens, positions):  # (E, M, L) tokens, read at (E, M) positions -> (E, M, C)
@@ -191,7 +191,7 @@ def run_episodes(episodes, head, steps=config.inner_steps):
     return head_loss(head, e, support, query, steps)
 
 def train_step(step):
-    """The objective or both, as `mix` says. Leaves gradients in `params`; returns this process's numbers."""
+    """The objective or both, as --mix says. Leaves gradients in `params`; returns this process's numbers."""
     meta_now = {"vanilla": not run.collapse, "meta": bool(run.collapse)}.get(config.on_collapse, True)
     if not (meta_now and config.meta_ratio):
         return lm_step(step)
@@ -207,7 +207,7 @@ def train_step(step):
 no_val_episodes = val_pools.problem(heldout=True) or val_pools.problem()
 if no_val_episodes:
     run.print(f"data    no episodes in evaluations: {no_val_episodes}")
-probe = [to_device(of_all) for of_all in spectra.probe(corpus.val, config.block_size)]  # inputs, targets
+probe = [to_device(array) for array in spectra.probe(corpus.val, config.block_size)]  # inputs, targets
 
 def val_loss(span):
     """Mean loss on rows spread evenly over the validation tokens of a span (first, last)."""
@@ -216,13 +216,13 @@ def val_loss(span):
     starts = np.linspace(first, last - config.block_size - 1, n_rows).astype(np.int64)
     total = torch.zeros((), device=device)
     for part in run.micro_batches(n_rows, "lm"):
-        with autocast, torch.enable_grad():  # so that kernels compiled for training serve
+        with autocast, torch.enable_grad():  # so that kernels compiled for training serve here too
             total += model(*get_batch(corpus.val, starts[part])).detach() * (part.stop - part.start)
     return run.all_reduce(total).item() / n_rows
 
 @torch.no_grad()
 def evaluate(n_episodes):
-    """Validation loss, and query accuracy of a fresh head on seen and held-out words."""
+    """Validation loss; query accuracy of a fresh head, adapted, on training and held-out words; spectra."""
     run.read()  # so that no step is charged with the evaluation
     loss = run.within_memory(val_loss, (0, len(corpus.val)))
     numbers = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * corpus.val_tokens_per_byte}
@@ -232,21 +232,21 @@ def evaluate(n_episodes):
     fresh = maml.fresh_head(head, config.n_way)
     wanted = {} if no_val_episodes else {"val_query_acc": False, "heldout_query_acc": True}
     for key, heldout in wanted.items():
-        answers = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
+        table = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
         for part in run.micro_batches(n_episodes, "meta"):
             episodes = [val_pools.sampler(0).episode(i, heldout) for i in range(part.start, part.stop)]
             _, of_part = run_episodes(episodes, fresh, steps=config.inner_steps or 10)
-            answers[0, part], answers[1, part] = of_part["query_acc_before"], of_part["query_acc"]
-            answers[2, part] = to_device([episode.words.repeat(config.q_query) for episode in episodes])
-        before, after, words = run.all_reduce(answers).flatten(1).cpu()
+            table[0, part], table[1, part] = of_part["query_acc_before"], of_part["query_acc"]
+            table[2, part] = to_device([episode.words.repeat(config.q_query) for episode in episodes])
+        before, after, words = run.all_reduce(table).flatten(1).cpu()
         numbers |= {key: after.mean().item(), f"{key}_before": before.mean().item(),
-                    f"{key}_se": maml.standard_error(after, words).item()}  # there are few held-out words
+                    f"{key}_se": maml.standard_error(after, words).item()}  # by word: there are few
     return numbers | spectra.summary(spectra.measure(model, probe[0]))
 
 # --------------------------------------------------------------------------------------------------
 # The loop
 
-first = step = run.start(model, head, optimizer, scaler)  # 0, or the step of the newest checkpoint
+began = step = run.start(model, head, optimizer, scaler)  # 0, or the step of the newest checkpoint
 while True:
     last = step >= config.max_steps
     if (last or step % config.eval_interval == 0) and step not in run.evals:
@@ -255,7 +255,7 @@ while True:
             drop = spectra.change_point(run.evals.values(), spectra.SIGNAL, config.warmup_steps)
             run.log_collapse(step, drop)
     last = last or (config.on_collapse == "stop" and bool(run.collapse))
-    if step > first and (last or run.stopping or step % config.ckpt_interval == 0):
+    if step > began and (last or run.stopping or step % config.ckpt_interval == 0):
         run.save(step, spectra.measure(model, *probe))
     if last or run.stopping:
         break

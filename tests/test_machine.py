@@ -42,7 +42,7 @@ def test_half_precision_where_there_are_instructions_for_it(monkeypatch, capabil
 
 def test_what_cannot_be_compiled_is_told(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert machine.not_compiled(CPU) == "" and "CUDA" in machine.not_compiled(CUDA)
+    assert machine.not_compiled(CPU) == "" and machine.not_compiled(CUDA) != ""
     monkeypatch.setattr(sys, "platform", "win32")
     assert machine.not_compiled(CPU) == "only on Linux"
 

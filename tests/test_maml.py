@@ -12,13 +12,13 @@ from torch.func import functional_call
 from config.defaults import Config
 from maml import (
     adapt,
-    columns,
     episode_loss,
     fresh_head,
     head_logits,
     init_head,
     inner_target,
     standard_error,
+    word_heads,
 )
 from model import Llama, ModelConfig
 
@@ -355,7 +355,7 @@ def test_multi_task_columns_equal_a_loss_indexed_by_hand(layers):
             for name, p in init_head(D, vocabulary, layers, 6).items()}
     words = [torch.randperm(vocabulary - 1, generator=g)[:N] for _ in range(E)]  # never the last id
     words = torch.stack(words)  # (E, N)
-    heads = columns(head, words)
+    heads = word_heads(head, words)
     loss, numbers = episode_loss(heads, backbone(x), x_labels, backbone(z), z_labels, lr=LR, steps=0)
     logits = head_logits(head, backbone(z) / D**0.5)  # (E, N*Q, vocabulary)
     oracle = -sum(torch.log(logits[e, m, words[e, z_labels[e, m]]].exp() / logits[e, m, words[e]].exp().sum())
