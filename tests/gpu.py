@@ -34,11 +34,12 @@ import model as llama  # noqa: E402
 from plumbing.machine import choose_device  # noqa: E402
 
 GPU = choose_device("cuda")
+BEGUN = float(os.environ.setdefault("GPU_PY_BEGUN", str(time.time())))
 FOLDER = Path(os.environ.get("GPU_PY_FOLDER") or tempfile.mkdtemp())  # the parts share it
 
 def row(what, passed, text):
     """One row of the table."""
-    print(f"{'ok    ' if passed else 'FAILED'}  {what:32}  {text}", flush=True)
+    print(f"{time.time() - BEGUN:4.0f} s  {'ok    ' if passed else 'FAILED'}  {what:32}  {text}", flush=True)
     with open(FOLDER / "rows.jsonl", "a") as rows:
         rows.write(json.dumps({"what": what, "passed": bool(passed), "text": text}) + "\n")
 
@@ -329,22 +330,25 @@ def watched(run, step, *numbers):
         kinds = ten_steps.key_averages()
         waits = {kind.key: kind.count / 10 for kind in kinds
                  if "ynchronize" in kind.key or kind.key in ("cudaMemcpy", "aten::item")}
-        busy = sum(kind.self_device_time_total for kind in kinds if kind.device_type.name == "CUDA") / 1e6
+        kernels = {kind.key: kind.self_device_time_total / 1e6 for kind in kinds
+                   if kind.device_type.name == "CUDA"}
         ends = [begin.elapsed_time(end) / 1e3 for begin, end in zip(events, events[1:])]
-        print("PROFILE", json.dumps([waits, busy, ends]))
+        print("PROFILE", json.dumps([waits, kernels, ends]))
 Run.log_step = watched"""
 
 def profiled():
     """Waits in a step, how busy the GPU is, and logged seconds beside the GPU's own clock."""
     log, output = run("11m_profiled", "config/train_11m.py", "--dataset=large", f"--data_dir={large()}", *TEN,
                       "--max_steps=72", patch=PROFILE)
-    waits, busy, ends = json.loads(re.search("PROFILE (.*)", output)[1])
+    waits, kernels, ends = json.loads(re.search("PROFILE (.*)", output)[1])
     seconds = {line["step"]: line["seconds"] for line in log if line["kind"] != "eval"}
     ratios = [(seconds[step + 1] - seconds[step]) / ends[step - 1] for step in range(30, 57)]
     ratio = statistics.median(ratios)
     row("waits a step", sum(waits.values()) < 8, str(waits))
     wall = seconds[70] - seconds[60]
-    row("GPU busy", True, f"{busy / wall:.0%} of ten steps of 11m, with the profiler on")
+    row("GPU busy", True, f"{sum(kernels.values()) / wall:.0%} of ten steps of 11m, with the profiler on")
+    longest = sorted(kernels, key=kernels.get)[:-9:-1]
+    row("longest kernels", True, ", ".join(f"{name[:60]} {kernels[name] / wall:.0%}" for name in longest))
     row("logged seconds", 0.95 < ratio < 1.05, f"{ratio:.3f} of those between events")
 
 TIMED = """
