@@ -1,8 +1,7 @@
-"""Around inline: its weight, shots, inner learning rate and inner steps, one at a time. See mix.py."""
-base = """config/train_11m.py --dataset=docstrings --n_way=16 --n_layers=4 --n_heads=4 --n_kv_heads=4
-    --block_size=128 --batch_size=16 --lr=3e-3 --max_steps=400 --warmup_steps=50 --eval_interval=100
-    --ckpt_interval=400 --k_shot=2 --q_query=2 --episode_len=16 --episodes_per_step=8 --dtype=float32
-    --mix=inline --meta_weight=0.3"""
+"""Around inline: its weight, shots, inner learning rate and inner steps, one at a time."""
+from studies.mix import base
+
+base += " --mix=inline --meta_weight=0.3"
 arms = {
     "inline": "",
     "weight 0.1": "--meta_weight=0.1",
