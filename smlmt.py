@@ -198,7 +198,7 @@ class Sampler:
         whole (m,)   whether the chunk is just " word" and so can be masked
         """
         tokens, v = self.tokens, vocabulary
-        goes_on = v.letter_last[tokens[:-1]] & v.letter_first[tokens[1:]]  # (n-1,) a word goes on behind it
+        goes_on = v.letter_last[tokens[:-1]] & v.letter_first[tokens[1:]]  # (n-1,) a word goes on after it
         starts = np.concatenate([[0], np.flatnonzero(~goes_on) + 1, [len(tokens)]])
 
         # Nearly all chunks are one token with one word or none. These are looked up, all at once.

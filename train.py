@@ -3,7 +3,6 @@
     python train.py config/train_11m.py                # the quick start: corpus, training, curves, a sample
     python train.py config/train_11m.py --meta_ratio=0 --out_dir=out/11m-vanilla        # the baseline
     python train.py config/train_11m.py --resume=True  # after Ctrl-C, SIGTERM, kill -9 or a power cut
-    torchrun --nproc_per_node=8 train.py config/train_570m.py       # one process a GPU
 
 At each step a coin chooses between the two objectives (Africa et al. 2025, arXiv 2508.02189), or both losses
 are added up (--mix). All that is drawn is a function of (seed, stream, step): a resumed run equals the run
@@ -45,8 +44,7 @@ outputs = config.n_way if config.inner_steps else corpus.vocab_size
 head = maml.init_head(config.d_model, outputs, config.head_layers, config.head_hidden,
                       torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
-# At a linear head of zeros the loss of N classes is curved by at most 2 / N: rates below N are stable.
-head_lr = config.inner_lr * config.n_way
+head_lr = config.inner_lr * config.n_way  # at a linear head of zeros the loss is curved by at most 2 / n_way
 reader, adapting = maml.inner_target(model, config.target, config.target_layers)
 params = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
 optimizer = torch.optim.AdamW(
@@ -55,8 +53,7 @@ optimizer = torch.optim.AdamW(
     lr=config.lr, betas=(0.9, 0.95), fused=True)
 autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-# Gradients of an inner loop through the model are not scaled: no float16 there.
-inner_autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
+inner_autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)  # unscaled
 
 def lr_at(step):
     """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""
@@ -86,7 +83,7 @@ def get_batch(tokens, starts):
 
 names = "pool_tokens n_way k_shot q_query episode_len readout word_min_count word_max_count".split()
 make_pools = partial(smlmt.Pools, token_bytes=corpus.token_bytes, eot=corpus.eot, mask=corpus.mask,
-                **{name: getattr(config, name) for name in names})
+                     **{name: getattr(config, name) for name in names})
 train_pools = make_pools(corpus.train, pool_seed=(config.seed, POOL), seed=(config.seed, EPISODES))
 val_pools = make_pools(corpus.val, pool_seed=0, seed=0)  # the same episodes for every run and seed
 vocabulary = smlmt.Vocabulary(corpus.token_bytes, corpus.vocab_size)  # for mix=inline
@@ -209,9 +206,8 @@ if no_val_episodes:
     run.print(f"data    no episodes in evaluations: {no_val_episodes}")
 probe = [to_device(array) for array in spectra.probe(corpus.val, config.block_size)]  # inputs, targets
 
-def val_loss(span):
-    """Mean loss on rows spread evenly over the validation tokens of a span (first, last)."""
-    first, last = span
+def val_loss(first, last):
+    """Mean loss on rows spread evenly over the validation tokens from first to last."""
     n_rows = min(config.eval_steps * config.batch_size, (last - first) // (config.block_size + 1))
     starts = np.linspace(first, last - config.block_size - 1, n_rows).astype(np.int64)
     total = torch.zeros((), device=device)
@@ -220,25 +216,29 @@ def val_loss(span):
             total += model(*get_batch(corpus.val, starts[part])).detach() * (part.stop - part.start)
     return run.all_reduce(total).item() / n_rows
 
+def query_answers(n_episodes, heldout, head):
+    """(3, episodes, N*Q): right before adaptation, right after it, the id of the word that is asked for."""
+    answers = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
+    for part in run.micro_batches(n_episodes, "meta"):
+        episodes = [val_pools.sampler(0).episode(i, heldout) for i in range(part.start, part.stop)]
+        _, of_part = run_episodes(episodes, head, steps=config.inner_steps or 10)
+        answers[0, part], answers[1, part] = of_part["query_acc_before"], of_part["query_acc"]
+        answers[2, part] = to_device([episode.words.repeat(config.q_query) for episode in episodes])
+    return answers
+
 @torch.no_grad()
 def evaluate(n_episodes):
     """Validation loss; query accuracy of a fresh head, adapted, on training and held-out words; spectra."""
     run.read()  # so that no step is charged with the evaluation
-    loss = run.within_memory(val_loss, (0, len(corpus.val)))
+    loss = run.within_memory(val_loss, 0, len(corpus.val))
     numbers = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * corpus.val_tokens_per_byte}
     for name, (first, last) in corpus.sources.items():
         if len(corpus.sources) > 1 and last - first > config.block_size:
-            numbers[f"val_loss/{name}"] = val_loss((first, last))
+            numbers[f"val_loss/{name}"] = val_loss(first, last)
     fresh = maml.fresh_head(head, config.n_way)
-    wanted = {} if no_val_episodes else {"val_query_acc": False, "heldout_query_acc": True}
-    for key, heldout in wanted.items():
-        table = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
-        for part in run.micro_batches(n_episodes, "meta"):
-            episodes = [val_pools.sampler(0).episode(i, heldout) for i in range(part.start, part.stop)]
-            _, of_part = run_episodes(episodes, fresh, steps=config.inner_steps or 10)
-            table[0, part], table[1, part] = of_part["query_acc_before"], of_part["query_acc"]
-            table[2, part] = to_device([episode.words.repeat(config.q_query) for episode in episodes])
-        before, after, words = run.all_reduce(table).flatten(1).cpu()
+    for key, heldout in [] if no_val_episodes else [("val_query_acc", False), ("heldout_query_acc", True)]:
+        answers = run.all_reduce(run.within_memory(query_answers, n_episodes, heldout, fresh))
+        before, after, words = answers.flatten(1).cpu()
         numbers |= {key: after.mean().item(), f"{key}_before": before.mean().item(),
                     f"{key}_se": maml.standard_error(after, words).item()}  # by word: there are few
     return numbers | spectra.summary(spectra.measure(model, probe[0]))

@@ -42,7 +42,7 @@ class Config:
     k_shot: Count = 4  # support windows of each word
     q_query: Count = 4  # query windows of each word
     episodes_per_step: Count = 1  # episodes in a step that has any, over all processes
-    micro_episodes: Whole = 0  # episodes at a time in a process; 0: all that fit
+    micro_episodes: Whole = 0  # episodes at a time in a process, in evaluations too; 0: all that fit
     episode_len: Count = 64  # longest window in tokens; independent of block_size
     readout: Literal["before", "mask", "last"] = "before"  # the token whose features are read
     word_min_count: Count = 20  # least occurrences of a word in the pool

@@ -207,9 +207,10 @@ class Run:
             kept = 40 * shape.d_model * shape.n_layers + 4 * shape.vocab_size
             tokens = torch.cuda.mem_get_info()[0] / 2 / (kept if self.compile else 3 * kept)
         windows = c.q_query + c.k_shot * (c.second_order or c.target != "head")  # of a word, with gradients
-        rows = c.batch_size if c.mix == "inline" else c.micro_batch_size  # inline tasks need them all at once
+        # Inline tasks need all rows at once. Their evaluations then take few episodes at a time.
+        rows, episodes = (c.batch_size, 1) if c.mix == "inline" else (c.micro_batch_size, c.micro_episodes)
         sizes = {"lm": (rows, c.batch_size, c.block_size),
-                 "meta": (c.micro_episodes, c.episodes_per_step, c.n_way * windows * c.episode_len)}
+                 "meta": (episodes, c.episodes_per_step, c.n_way * windows * c.episode_len)}
         self.micro = {kind: setting or min(most, 2 ** int(math.log2(max(1, tokens / length))))
                       for kind, (setting, most, length) in sizes.items()}
 

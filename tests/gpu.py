@@ -146,7 +146,7 @@ def parameters():
     def gradients(target, first_order, device):
         reader, adapting = maml.inner_target(copy.deepcopy(net).to(device), target)
         own = {name: p.to(device).requires_grad_() for name, p in head.items()}
-        e = {name: of_all.to(device) for name, of_all in episode.items()}
+        e = {name: tensor.to(device) for name, tensor in episode.items()}
         with sdpa_kernel(SDPBackend.MATH), in_float64():
             loss, _ = maml.episode_loss_through(reader, adapting, own, e, head_lr=0.5, target_lr=0.5, steps=3,
                                                 first_order=first_order, autocast=nullcontext())

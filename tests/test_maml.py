@@ -348,7 +348,7 @@ def test_standard_error_of_clusters():
     assert together.item() == pytest.approx(usual.item(), rel=1e-5)
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_multi_task_columns_equal_a_loss_indexed_by_hand(layers):
+def test_word_heads_equal_a_loss_indexed_by_hand(layers):
     backbone, _, (x, x_labels, z, z_labels) = problem()
     g, vocabulary = torch.Generator().manual_seed(5), 11
     head = {name: torch.randn(p.shape, generator=g, dtype=torch.float64).requires_grad_()
