@@ -308,7 +308,8 @@ def test_interrupted_while_it_reads_packages(number, tmp_path):
     """No corpus, no worker left (each holds the pipe, so its end means theirs), one line if there is time."""
     words = DATA / "prepare.py", "docstrings", "--packages=stdlib", f"--data_dir={tmp_path}", "--workers=2"
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True)
+                               text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(children.read_text().split()) < 2:  # until the workers are there
         time.sleep(0.02)
