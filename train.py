@@ -44,7 +44,7 @@ outputs = config.n_way if config.inner_steps else corpus.vocab_size
 head = maml.init_head(config.d_model, outputs, config.head_layers, config.head_hidden,
                       torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
-head_lr = config.inner_lr * config.n_way  # at a linear head of zeros the loss is curved by at most 2 / n_way
+head_lr = config.inner_lr * config.n_way  # rates below n_way are stable: a zero head's curvature is 2 / n_way
 reader, adapting = maml.inner_target(model, config.target, config.target_layers)
 params = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
 optimizer = torch.optim.AdamW(
@@ -53,7 +53,7 @@ optimizer = torch.optim.AdamW(
     lr=config.lr, betas=(0.9, 0.95), fused=True)
 autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-inner_autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)  # unscaled
+inner_autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)  # no scaler
 
 def lr_at(step):
     """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""

@@ -79,7 +79,15 @@ def within_memory(run, *step):
     numbers = attempt(run, *step)
     in_step.clear()
     return numbers
-Llama.features, Run.within_memory, torch.cuda.empty_cache = features, within_memory, lambda: None"""}
+Llama.features, Run.within_memory, torch.cuda.empty_cache = features, within_memory, lambda: None""",
+    # It runs out with more than two episodes at a time, first in an evaluation.
+    "episodes": """
+read = Llama.features
+def features(model, idx, *cache, **options):
+    if idx.size(1) == 20 and len(idx) > 2 * 8:
+        raise torch.OutOfMemoryError("pretended")
+    return read(model, idx, *cache, **options)
+Llama.features, torch.cuda.empty_cache = features, lambda: None"""}
 PROGRAM = """import sys
 sys.path.insert(0, {root!r})
 import runpy, torch
@@ -131,9 +139,11 @@ def test_numbers_that_are_read_later_are_the_same(runs):
     assert without_times(log_of(runs["later"][0])) == without_times(log_of(runs["plain"][0]))
     assert runs["later"][1].count("step ") == 6
 
-def test_memory_that_runs_out_halves_the_micro_batches(runs):
-    whole, halves = (log_of(runs[name][0]) for name in ("plain", "small"))
-    assert "2 rows, 1 episodes at a time" in runs["small"][1]
+@pytest.mark.parametrize(("name", "said"), [
+    ("small", "2 rows, 1 episodes"), ("episodes", "4 rows, 2 episodes")])
+def test_memory_that_runs_out_halves_the_micro_batches(runs, name, said):
+    whole, halves = log_of(runs["plain"][0]), log_of(runs[name][0])
+    assert f"ran out: {said} at a time" in runs[name][1]
     for a, b in zip(whole, halves, strict=True):
         for key in ("lm_loss", "meta_loss", "grad_norm", "val_loss", "heldout_query_acc"):
             assert key not in a or a[key] == pytest.approx(b[key], rel=1e-5)
