@@ -204,7 +204,7 @@ def train_step(step):
 no_val_episodes = val_pools.problem(heldout=True) or val_pools.problem()
 if no_val_episodes:
     run.print(f"data    no episodes in evaluations: {no_val_episodes}")
-probe = [to_device(array) for array in spectra.probe(corpus.val, config.block_size)]  # inputs, targets
+probe = [part.to(device) for part in spectra.probe(corpus.val, config.block_size)]  # inputs, targets
 
 def val_loss(first, last):
     """Mean loss on rows spread evenly over the validation tokens from first to last."""

@@ -154,7 +154,7 @@ def main():
                 assert all(value.device.type == "cuda" for value in numbers.values()), numbers
                 kernels = sorted(name for name in operations.seen if "attention" in name or "softmax" in name)
                 print(kind, *kernels)
-            names["val_loss"]((0, len(names["corpus"].val)))
+            names["val_loss"](0, len(names["corpus"].val))
             head = names["maml"].fresh_head(names["head"], names["config"].n_way)
             names["run_episodes"]([names["val_pools"].sampler(0).episode(0, heldout=True)], head)
 

@@ -62,6 +62,26 @@ def test_table_is_that_of_textbook_formulas():
     holm[third] = max(holm[second], p[third])
     assert rows["p_holm"].drop("base").to_dict() == pytest.approx({arm: min(1, x) for arm, x in holm.items()})
 
+@pytest.mark.parametrize(("visible", "gpus"), [("", ["0", "1"]), ("4,7", ["4", "7"]), ("3", ["3"])])
+def test_workers_share_cores_and_gpus(monkeypatch, tmp_path, visible, gpus):
+    """Each of three workers has a third of the cores and a GPU, in turn; what fails stops no other run."""
+    begun = []
+
+    def pretend(run, words, evaluate, environment):
+        begun.append([environment[name] for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")])
+        time.sleep(0.1)  # so that all three get some
+        return run.name != "seed1"
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sweep.os, "cpu_count", lambda: 13)
+    monkeypatch.setattr(sweep, "on_signals", lambda handler: None)
+    monkeypatch.setattr(sweep, "train_and_evaluate", pretend)
+    runs = [tmp_path / f"seed{seed}" for seed in range(9)]
+    assert not sweep.run_all(3, dict.fromkeys(runs, []), [])
+    assert len(begun) == 9 and sorted({*map(tuple, begun)}) == [(gpu, "4") for gpu in gpus]
+    assert sweep.run_all(3, dict.fromkeys(runs[2:], []), [])
+
 def test_report(quick_start, tmp_path):
     """Of run folders that are there: the last evaluations, and where the baseline's loss was reached."""
     for arm, factor in (("a", 1), ("b, c", 0.9)):
