@@ -7,12 +7,12 @@
 A row of these files (json, jsonl, csv, tsv, also .gz, or parquet) has a sentence and its class.
 
 Three classifiers see K examples of each class (the support) and answer for others (the query):
-adapt      training's inner loop, `maml.adapt`, from a fresh head, the only part that adapts
+adapt      training's inner loop, `maml.adapt`, from a head with a zero last layer; only it adapts
 logistic   scikit-learn's LogisticRegression with C = 1, on features of length sqrt(d)
 prototype  the class with the nearest mean (Snell et al. 2017, arxiv.org/abs/1703.05175)
 Words are masked in the validation text. A sentence is read at its last token, or at a <|mask|> after it. All
-models get the same draws. Intervals are 1.96 standard errors, clustered by word or,
-for sentences, by draw; seeds of training vary more.
+models get the same draws. Intervals are 1.96 standard errors, clustered by word or, for sentences, by draw;
+they leave out how seeds of training vary, which is more.
 """
 import json
 from dataclasses import asdict, dataclass, field
@@ -58,12 +58,12 @@ RULES = [(lambda c: all(k.isdecimal() and int(k) for k in c.shots.split(",")),
 BATCH = 8192  # tokens that a model reads at once
 
 # --------------------------------------------------------------------------------------------------
-# Classifiers: support x (N*K, C), its labels y (N*K,), query z (Q, C) -> answers (Q,)
+# Classifiers: support x (N*K, C), its labels y (N*K,), query z (M, C) -> answers (M,)
 
 def adapted(x, y, z, head, lr, steps):
-    """The answers (steps + 1, Q) before the first inner step and after each."""
-    def loss(head, _):
-        return F.cross_entropy(maml.head_logits(head, x), y)
+    """The answers (steps + 1, M) before the first inner step and after each."""
+    def loss(params, _):
+        return F.cross_entropy(maml.head_logits(params, x), y)
 
     heads = [head]
     for _ in range(steps):
@@ -71,7 +71,7 @@ def adapted(x, y, z, head, lr, steps):
     return torch.stack([maml.head_logits(head, z).argmax(-1) for head in heads])
 
 def logistic(x, y, z, *_):
-    mean = x.mean(0)  # the intercept takes it up; without it the fit needs a fifth of the time
+    mean = x.mean(0)  # centring only moves the intercept, and makes the fit five times as fast
     x, z = ((part - mean).cpu().double().numpy() * part.shape[-1] ** 0.5 for part in (x, z))
     fit = LogisticRegression(solver="newton-cg", max_iter=1000).fit(x, y.cpu().numpy())  # twice lbfgs's speed
     return torch.from_numpy(fit.predict(z))
@@ -122,19 +122,19 @@ class Task:
     name: str
     about: str  # a few words for the table
     n_way: int
-    labels: np.ndarray  # (Q,) classes 0..N-1 of the query, the same in all draws
+    labels: np.ndarray  # (M,) classes 0..N-1 of the query, the same in all draws
     examples: list  # read at their ends: sentences, or windows of ids
-    draws: dict = field(default_factory=dict)  # K -> E pairs of numbers of examples: (N*K,) and (Q,)
-    table: dict = field(default_factory=dict)  # K -> {row of the table: which answers are right (E, Q)}
-    clusters: dict = field(default_factory=dict)  # K -> (E, Q): answers of one number are not independent
+    draws: dict = field(default_factory=dict)  # K -> E pairs of indices into examples: (N*K,) and (M,)
+    table: dict = field(default_factory=dict)  # K -> {row of the table: score of each answer, 0 to 1 (E, M)}
+    clusters: dict = field(default_factory=dict)  # K -> (E, M): answers of one cluster are alike
     curves: dict = field(default_factory=dict)  # K -> {model: mean accuracy before and after each inner step}
 
-def word_tasks(config, trained, corpus):
-    """Which word is masked? With seed 0 and training's K, on the episodes of its evaluations."""
+def word_tasks(config, made_with, corpus):
+    """Tasks that ask which word is masked. With seed 0 and training's K they are those of its evaluations."""
     names = "pool_tokens n_way q_query episode_len readout word_min_count word_max_count".split()
-    options = {name: trained[name] for name in names}
+    options = {name: made_with[name] for name in names}
     vectors = bigram_vectors(corpus) if corpus.vocab_size <= 8192 else None
-    N, Q, E = trained["n_way"], trained["q_query"], config.n_episodes
+    N, Q, E = made_with["n_way"], made_with["q_query"], config.n_episodes
     tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [])
              for name in ("held-out words", "seen words")]
     known = {task.name: {} for task in tasks}  # a window's bytes -> (number, window)
@@ -154,7 +154,7 @@ def word_tasks(config, trained, corpus):
             for episode in episodes:
                 windows = np.concatenate([episode.support, episode.query])
                 places = np.concatenate([episode.support_pos, episode.query_pos])
-                # What comes after the place does not change what is read there. Many windows come again.
+                # Attention is causal: what follows the place cannot matter. Equal windows are read once.
                 rows = [window[: place + 1] for window, place in zip(windows, places, strict=True)]
                 for row in rows:
                     known[task.name].setdefault(row.tobytes(), (len(known[task.name]), row))
@@ -208,34 +208,35 @@ def sentence_task(config, name, train, test):
 
 def evaluate(task, name, loaded):
     """Add the accuracies of a model's classifiers to the table of a task."""
-    trained, model, tokenizer = asdict(TrainConfig()) | loaded.settings, loaded.model, loaded.tokenizer
+    made_with = asdict(TrainConfig()) | loaded.settings  # defaults, for a model that train.py did not make
+    model, tokenizer = loaded.model, loaded.tokenizer
     labels = torch.from_numpy(task.labels)
     drawn = np.unique(np.concatenate([of_part for draw in sum(task.draws.values(), []) for of_part in draw]))
     rows = [task.examples[i] for i in drawn]  # only these are read
-    if isinstance(rows[0], str):  # the ends of long sentences
-        after = [tokenizer.mask] if trained["readout"] == "mask" else []
+    if isinstance(rows[0], str):  # a sentence becomes ids: its last block_size
+        after = [tokenizer.mask] if made_with["readout"] == "mask" else []
         rows = [[tokenizer.eot, *ids] for ids in tokenizer.encode_ordinary_batch(rows)]
         rows = [row[-model.config.block_size + len(after) :] + after for row in rows]
     x = features(model, rows)  # (n, C)
-    shape = model.config.d_model, task.n_way, trained["head_layers"], trained["head_hidden"]
+    shape = model.config.d_model, task.n_way, made_with["head_layers"], made_with["head_hidden"]
     head = maml.fresh_head(loaded.head, task.n_way) if loaded.head else maml.init_head(*shape)
     head = {key: p.to(x.device) for key, p in head.items()}
-    if trained["inner_lr"] >= 4:  # of a run from before it was for each class
-        fail(f"inner_lr = {trained['inner_lr']:g} in {loaded.path}/state.json: divide it by the run's n_way")
-    inner = head, trained["inner_lr"] * task.n_way, trained["inner_steps"] or 10
+    if made_with["inner_lr"] >= 4:  # of an old run: it was not for each class then
+        fail(f"inner_lr = {made_with['inner_lr']:g} in {loaded.path}/state.json: divide it by the run's n_way")
+    inner = head, made_with["inner_lr"] * task.n_way, made_with["inner_steps"] or 10  # as training does
     for (k, draws), (classifier, answer) in product(task.draws.items(), CLASSIFIERS.items()):
         y, right = torch.arange(task.n_way, device=x.device).repeat_interleave(k), []
         for draw in draws:
             support, query = (x[np.searchsorted(drawn, of_part)] for of_part in draw)
             right.append((answer(support, y, query, *inner).cpu() == labels).double())
-        right = torch.stack(right).numpy()  # (E, Q), or of `adapted` (E, steps + 1, Q)
-        if right.ndim == 3:
+        right = torch.stack(right).numpy()  # (E, M)
+        if classifier == "adapt":  # (E, steps + 1, M): all steps make the curve, the last one the table
             task.curves.setdefault(k, {})[name] = right.mean((0, 2)).tolist()
             right = right[:, -1]
         task.table[k][f"{name}, {classifier}"] = right
 
 def summary(rows, clusters, first, *others):
-    """Mean and interval of each row of a table; also of the differences of each model to the first."""
+    """{row: mean and interval} of a table; rows of the differences to the first model are added to it."""
     for name, key in product(others, CLASSIFIERS):
         rows[f"{name} minus first, {key}"] = rows[f"{name}, {key}"] - rows[f"{first}, {key}"]
     cells, clusters = {}, torch.from_numpy(clusters).flatten()
@@ -250,13 +251,12 @@ def main():
     device = choose_device("auto")
     models = load_models(words, None if config.step == -1 else config.step, device)
     first = models[words[0]]
-    trained = asdict(TrainConfig()) | first.settings  # others' models have none
-    folder = config.corpus or f"{trained['data_dir']}/{trained['dataset']}"
-    tasks = []
-    if problem := next(filter(None, (corpus_problem(loaded, folder) for loaded in models.values())), ""):
+    made_with = asdict(TrainConfig()) | first.settings
+    folder = config.corpus or f"{made_with['data_dir']}/{made_with['dataset']}"
+    problem = max(corpus_problem(loaded, folder) for loaded in models.values())  # "" if there is none
+    if problem:
         print(f"left out: {problem}")
-    else:
-        tasks += word_tasks(config, trained, load_corpus(folder))
+    tasks = [] if problem else word_tasks(config, made_with, load_corpus(folder))
     if config.data:
         tasks += sentence_tasks(config)
     if not tasks:

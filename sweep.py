@@ -6,11 +6,11 @@
     python sweep.py studies/mix.py --report=True           # the table of the runs that are there
 
 A study is a Python file with `base` (words for train.py), `arms` (name -> more words), `seeds`, and perhaps
-`evaluate` (commands to run after training, at each call, with {run} for the folder). Runs go to
-out/<study>/<arm>/seed<k>. The same command goes on: what is finished is kept, what is not is resumed.
+`evaluate` (commands to run after training, with {run} for the folder, and again whenever the sweep is). Runs
+go to out/<study>/<arm>/seed<k>. The same command continues: what is finished is kept, the rest is resumed.
 
 Runs of one seed see the same rows at the same step, so that arms are compared with the baseline seed by seed.
-Intervals are of 95%, by Student's t over seeds. p is of the paired t test, corrected by Holm over the whole
+Intervals are 95%, by Student's t over seeds. p is of the paired t test, corrected by Holm over the whole
 table; table.csv also has that of an exact sign-flip test.
 """
 import os
@@ -41,7 +41,7 @@ from spectra import reached
 
 @dataclass
 class Config:
-    seeds: str = ""  # 3 is 0, 1, 2; 5,7 are those two; empty takes the study's, or seed 0
+    seeds: str = ""  # 3 is 0, 1, 2; 5,7 are those two; 3, is that one; empty takes the study's, or seed 0
     jobs: Count = 1  # runs side by side, each with its share of the cores, or a GPU
     baseline: str = ""  # the arm that others are compared with; empty takes the first
     report: bool = False  # only write the table
@@ -53,7 +53,8 @@ METRICS = {  # column: heading; most are in the last evaluation of a run
     "heldout_query_acc": "accuracy, held-out words", "val_query_acc": "accuracy, training words",
     "ner_f1": "NER, mean strict F1", "lm_tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds",
     "steps_to": "steps to the baseline's loss", "lm_tokens_to": "LM tokens to it", "flops_to": "FLOPs to it"}
-RULES = [(lambda c: re.fullmatch(r"(?!0+$)(\d+,?)*", c.seeds), "seeds takes 3 for 0, 1, 2, or 5,7 for those")]
+RULES = [(lambda c: re.fullmatch(r"(?!0+$)(\d+(,\d+)*,?)?", c.seeds),
+          "seeds takes 3 for 0, 1, 2, or 5,7 for those, or 3, for that one")]
 TESTED = "val_loss heldout_query_acc val_query_acc ner_f1".split()
 
 # --------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ TESTED = "val_loss heldout_query_acc val_query_acc ner_f1".split()
 starting, processes, stopped = Lock(), [], Event()
 
 def stop(number, frame):
-    """Ctrl-C: each run saves and leaves, and none is begun any more."""
+    """Ctrl-C: each run saves and leaves, and no more are started."""
     with starting:
         stopped.set()
         for process in processes:
@@ -72,33 +73,33 @@ def train_and_evaluate(run, words, evaluate, environment):
     """One run, away from the Ctrl-C that this process gets. Returns whether all went well."""
     train = ["train.py", *words] + ["--resume=True"] * (run / "config.json").exists()
     after = [shlex.split(command.format(run=shlex.quote(str(run)))) for command in evaluate]
-    for script, *words in [train] * (not finished(run)) + after:
+    for script, *arguments in after if finished(run) else [train, *after]:
         with starting:
             if stopped.is_set():
                 return False
             run.mkdir(parents=True, exist_ok=True)
             with open(run / "output.txt", "a") as output:
-                print("$", shlex.join([script, *words]), file=output, flush=True)
+                print("$", shlex.join([script, *arguments]), file=output, flush=True)
                 process = subprocess.Popen(
-                    [sys.executable, ROOT / script, *words], env=environment, start_new_session=True,
+                    [sys.executable, ROOT / script, *arguments], env=environment, start_new_session=True,
                     stdout=output, stderr=subprocess.STDOUT)
             processes.append(process)
         if process.wait():
             if not stopped.is_set():
                 reason = (run / "output.txt").read_text().splitlines()[-1]
-                print(f"\nfailed: {shlex.join([script, *words])}: {reason} (see {run}/output.txt)")
+                print(f"\nfailed: {shlex.join([script, *arguments])}: {reason} (see {run}/output.txt)")
             return False
     return True
 
 def run_all(jobs, commands, evaluate):
     """All runs, `jobs` side by side, each with its share of the machine. Returns whether all went well."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    threads, waiting = max(1, os.cpu_count() // jobs), iter(list(commands.items()))
+    threads, waiting = max(1, os.cpu_count() // jobs), iter(commands.items())
 
     def work(number):
         gpu = gpus.split(",")[number % len(gpus.split(","))]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu}
-        # Each worker takes the next, whether the one before went well or not: hence the list.
+        # Workers take the next run from `waiting`. all() alone would stop at a run that failed: hence a list.
         return all([train_and_evaluate(run, words, evaluate, environment) for run, words in waiting])
 
     def steps_done():
@@ -134,11 +135,11 @@ def results(commands, baseline):
     evals = {run: [line for line in read_log(run) if line["kind"] == "eval"] for run in runs}
     final = {run: lines[-1]["val_loss"] for run, lines in evals.items()}
     for run, lines in evals.items():
-        ner = [row["f1"] for path in sorted(run.glob("ner_*.json")) for row in read_json(path)["table"]
-               if row["system"] == str(run)]
+        ner = [entry["f1"] for path in sorted(run.glob("ner_*.json")) for entry in read_json(path)["table"]
+               if entry["system"] == str(run)]
         row = {"arm": run.parent.name, "seed": int(run.name[4:]), "run": run, **lines[-1],
                "ner_f1": np.mean(ner) if ner else np.nan}
-        goal = final.get(run.parents[1] / baseline / run.name, -np.inf)
+        goal = final.get(run.parents[1] / baseline / run.name, -np.inf)  # without it nobody arrives
         if min(line["val_loss"] for line in lines) <= goal:
             for x, place in reached(lines, goal).items():
                 row["steps_to" if x == "step" else f"{x}_to"] = place
@@ -154,7 +155,7 @@ def table(frame, baseline):
     """A row for each arm and metric: mean, interval, paired difference from the baseline, interval, p."""
     rows, base = [], frame[frame["arm"] == baseline].set_index("seed")
     for (arm, of_arm), metric in product(frame.groupby("arm", sort=False), METRICS):
-        if metric not in of_arm or of_arm[metric].isna().any():  # not all came to the baseline's loss
+        if metric not in of_arm or of_arm[metric].isna().any():  # no numbers, or a run never got there
             continue
         values = of_arm.set_index("seed")[metric]
         row = {"arm": arm, "metric": metric, "n": len(values), "mean": values.mean(),
@@ -255,10 +256,10 @@ def main():
         commands[run] = shlex.split(f"{base} {arms[arm]} --seed={seed}") + [f"--out_dir={run}"]
     if config.list:
         return print(*(shlex.join(["python", "train.py", *words]) for words in commands.values()), sep="\n")
-    well = config.report or run_all(config.jobs, commands, evaluate)
+    all_well = config.report or run_all(config.jobs, commands, evaluate)
     if not stopped.is_set():
         report(folder, commands, baseline)
-    sys.exit(not well)
+    sys.exit(not all_well)
 
 if __name__ == "__main__":
     main()

@@ -41,7 +41,7 @@ SHAPE = {  # the same for config.json
     "rope_theta": ("rope_theta", "position_emb_theta")}
 
 def their_names(n_layers, pico=False):
-    """{our name of a tensor: theirs} of a model of n_layers blocks."""
+    """{our name of a tensor: theirs} of a model of n_layers blocks. A name without {i} is made each time."""
     return {f"{ours}.weight".format(i=i): f"{theirs[pico]}.weight".format(i=i)
             for i in range(n_layers) for ours, theirs in NAMES.items()}
 
@@ -78,7 +78,7 @@ def save_checkpoint(run, step, model, head, moments, tokenizer, spectra, state):
     for name in os.listdir(work):
         with open(f"{work}/{name}", "rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
-    shutil.rmtree(path, ignore_errors=True)  # a damaged one that the run has come back to
+    shutil.rmtree(path, ignore_errors=True)  # damaged, or from before the run was resumed at an earlier step
     os.rename(work, path)
     for older in list(checkpoints(run).values())[:-2]:  # the newest two can be resumed from
         Path(older, "optimizer.safetensors").unlink(missing_ok=True)
@@ -172,9 +172,9 @@ def read_weights(folder):
     weights = {ours: tensors.pop(name).float() for ours, name in their_names(shape.n_layers, pico).items()}
     if tensors:
         raise ValueError(f"a Llama has no tensor {min(tensors)}")
-    half = shape.d_model // shape.n_heads // 2  # pair j of a head: rows j, j + half here, 2j, 2j + 1 in pico
-    for ours, weight in weights.items() if pico else ():
-        if ours.endswith(("q_proj.weight", "k_proj.weight")):  # (heads, half, 2, C) -> (heads, 2, half, C)
+    half = shape.d_model // shape.n_heads // 2  # a rotary pair is rows j, j + half here; 2j, 2j + 1 in pico
+    for ours, weight in weights.items():
+        if pico and ours.endswith(("q_proj.weight", "k_proj.weight")):  # (H, half, 2, C) -> (H, 2, half, C)
             weights[ours] = weight.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
     return shape, weights
 

@@ -37,13 +37,13 @@ class Run:
 
     def __init__(self, config):
         self.config, self.tracker, self.log_file, self.signal, self.stopping = config, None, None, None, False
-        # What torchrun sets; without an address to meet at, something else has set it.
+        # What torchrun sets; without an address to meet at, a cluster's scheduler has set it.
         launch = os.environ if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() else {}
         self.rank, local_rank = (int(launch.get(key) or 0) for key in ("RANK", "LOCAL_RANK"))
         self.world = int(launch.get("WORLD_SIZE") or 1)
-        shared = config.episodes_per_step if config.meta_ratio and config.mix != "inline" else self.world
-        if self.world > min(config.batch_size, shared):
-            fail(f"{self.world} processes cannot share a smaller batch_size or episodes_per_step")
+        tasks = config.episodes_per_step if config.meta_ratio and config.mix != "inline" else self.world
+        if self.world > min(config.batch_size, tasks):
+            fail(f"{self.world} processes need a batch_size and episodes_per_step of at least {self.world}")
         self.device = choose_device(config.device, local_rank)
         self.dtype = choose_dtype(config.dtype, self.device)
         why_not = not_compiled(self.device) if config.compile else "compile = False"
@@ -62,13 +62,14 @@ class Run:
     def open_folder(self):
         """Lock the run folder, which must hold a run if it is to be resumed, and none otherwise."""
         folder, resume = Path(self.config.out_dir), self.config.resume
-        named, logged = ((folder / name).exists() for name in ("config.json", "log.jsonl"))
-        if resume and not named:
+        has_config, has_log = ((folder / name).exists() for name in ("config.json", "log.jsonl"))
+        if resume and not has_config:
             fail(f"resume = True, but {folder} holds no run; check --out_dir, or leave --resume out")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
         has_steps = any(line["step"] for line in read_log(folder))  # without any, it may be begun again
-        if not resume and (has_steps or checkpoints(folder) or named and not logged):  # or it is a model's
+        a_model = has_config and not has_log
+        if not resume and (has_steps or checkpoints(folder) or a_model):
             fail(f"{folder} already holds a run: continue it with --resume=True, or take another --out_dir")
         for path in folder.glob("*.tmp"):  # of a process that was killed while it saved
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -126,8 +127,8 @@ class Run:
             for key, moment in moments.items():  # exp_avg/norm.weight
                 kind, _, name = key.partition("/")
                 self.optimizer.state[self.params[name]][kind] = moment.to(self.device)
-            self.scaler.load_state_dict(loaded.state["scaler"] or self.scaler.state_dict())
-            self.progress.update({key: loaded.progress[key] for key in BUDGETS})
+            self.scaler.load_state_dict(loaded.state["scaler"] or self.scaler.state_dict())  # {}: it was off
+            self.progress = Counter({key: loaded.progress[key] for key in BUDGETS})
         self.print(f"resume  {config.out_dir} after step {step}")
         return step, read_log(config.out_dir, up_to=step)
 
@@ -203,11 +204,11 @@ class Run:
         """Rows and episodes at a time: the settings; where 0, what half a GPU's free memory holds, or all."""
         c, shape, tokens = self.config, model.config, 2**60
         if self.device.type == "cuda":
-            # Bytes that the backward pass keeps for a token: those of the blocks, and its logits.
+            # Bytes that the backward pass keeps for a token: in each block, and for its logits.
             kept = 40 * shape.d_model * shape.n_layers + 4 * shape.vocab_size
             tokens = torch.cuda.mem_get_info()[0] / 2 / (kept if self.compile else 3 * kept)
         windows = c.q_query + c.k_shot * (c.second_order or c.target != "head")  # of a word, with gradients
-        # Inline tasks need all rows at once. Their evaluations then take few episodes at a time.
+        # Inline tasks need all rows at once; their evaluations take one episode at a time.
         rows, episodes = (c.batch_size, 1) if c.mix == "inline" else (c.micro_batch_size, c.micro_episodes)
         sizes = {"lm": (rows, c.batch_size, c.block_size),
                  "meta": (episodes, c.episodes_per_step, c.n_way * windows * c.episode_len)}
@@ -226,6 +227,7 @@ class Run:
         except torch.OutOfMemoryError:
             if max(self.micro.values()) < 2 or self.config.mix == "inline":
                 raise
+        # Outside of `except`, which would keep the tensors of the step alive.
         self.micro = {kind: max(1, size // 2) for kind, size in self.micro.items()}
         self.print("memory  ran out: {lm} rows, {meta} episodes at a time now".format_map(self.micro))
         self.optimizer.zero_grad(set_to_none=True)
@@ -243,9 +245,9 @@ class Run:
             self.tracker.log(line, step=line["step"])
 
     def log_step(self, step, numbers, norm, lr):
-        """Sum the numbers of a step over processes, for `read`: on a GPU a step later, so as not to wait."""
-        asked = torch.full((), float(self.signal is not None), device=self.device)
-        values = torch.cat((self.all_reduce(torch.stack([*numbers.values(), asked])), norm[None]))
+        """Sum a step's numbers over processes (norm is that of all) for `read`: on a GPU a step later."""
+        stop = torch.full((), float(self.signal is not None), device=self.device)  # so that all stop together
+        values = torch.cat((self.all_reduce(torch.stack([*numbers.values(), stop])), norm[None]))
         copied = (torch.cuda if self.lag else torch.cpu).Event()
         values = values.to("cpu", non_blocking=bool(self.lag))
         copied.record()  # behind the copy, before the next step
@@ -253,7 +255,7 @@ class Run:
         self.read(self.lag)
 
     def read(self, all_but=0):
-        """Read, check, log and print the numbers of the steps done, but of the newest `all_but`."""
+        """Read, check, log and print the numbers of all steps done but the newest `all_but`."""
         while len(self.unread) > all_but:
             self.write_step(*self.unread.pop(0))
 
@@ -290,7 +292,6 @@ class Run:
         return seconds
 
     def log_eval(self, step, numbers):
-        self.read()
         if not math.isfinite(numbers["val_loss"]):
             self.not_finite(step, f"validation loss {numbers['val_loss']}")
         self.tick()
@@ -336,7 +337,7 @@ class Run:
         with autocast, torch.compiler.set_stance("force_eager"):  # each length would be compiled
             idx = torch.tensor([[eot]], device=self.device)
             ids = self.model.generate(idx, 160, temperature=0.8, top_k=50, generator=rng)[0, 1:].tolist()
-        ids = ids[: [*ids, eot].index(eot)]
+        ids = ids[: ids.index(eot)] if eot in ids else ids
         self.print(f"\n{self.corpus.tokenizer.decode(ids).strip()}\n")
         numbers = self.evals[max(self.evals)] | {"GiB": peak_memory(self.device), "n_way": self.config.n_way}
         self.print("result  val_loss {val_loss:.4f}, {val_bits_per_byte:.4f} bits per byte, "
@@ -362,7 +363,7 @@ def read_log(folder, up_to=math.inf):
     with reading(path, "copy the log again, or delete the damaged line"):
         texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         lines = json.loads(b"[" + b",\n".join(texts) + b"]")  # an error then names the line
-        return [line for line in lines if line["step"] <= up_to and line["kind"]]  # or KeyError: damaged
+        return [line for line in lines if line["kind"] and line["step"] <= up_to]  # lacks a key: damaged
 
 def text_of(numbers):
     return "  ".join(f"{key} {number:.4g}" for key, number in numbers.items())

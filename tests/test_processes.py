@@ -101,7 +101,7 @@ def test_a_mistake_that_all_find(alone, monkeypatch, rank):
     for key, text in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(key, str(text))
     (done,) = run_many("train.py", [[*alone[1], "--episodes_per_step=1"]])
-    assert done.returncode == 2 and done.stderr.startswith("error: 2 processes cannot share"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: 2 processes need"), done.stderr
 
 def test_a_mistake_that_the_first_finds(alone):
     """The other waits for it meanwhile, and ends too."""
