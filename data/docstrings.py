@@ -1,6 +1,6 @@
-"""The documents of the default corpus: the documentation strings of installed packages, a document a module.
+"""The documents of the default corpus: documentation strings of installed packages, a document a module.
 
-Source is parsed, never imported: nothing runs, and the order is always the same.
+`python data/prepare.py docstrings` makes it. Source is parsed, never imported: nothing runs.
 """
 import ast
 import gc
