@@ -10,8 +10,9 @@ A study is a Python file with `base` (words for train.py), `arms` (name -> more 
 go to out/<study>/<arm>/seed<k>. The same command continues: what is finished is kept, the rest is resumed.
 
 Runs of one seed see the same rows at the same step, so that arms are compared with the baseline seed by seed.
-Intervals are 95%, by Student's t over seeds. p is of the paired t test, corrected by Holm over the whole
-table; table.csv also has that of an exact sign-flip test.
+Intervals are 95%, by Student's t over seeds; those of accuracy speak of the words in these tasks, which all
+runs share. Of a single seed they are clustered by word. p is of the paired t test, corrected by Holm over the
+whole table; table.csv also has that of an exact sign-flip test.
 """
 import os
 import re
@@ -20,12 +21,12 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from threading import Event, Lock
 
-from plumbing.files import ROOT, fail, on_signals, read_json, write_atomic
+from plumbing.files import ROOT, fail, on_signals, read_json, reading, write_atomic
 from plumbing.settings import Count, load
 
 import numpy as np
@@ -64,6 +65,7 @@ starting, processes, stopped = Lock(), [], Event()
 
 def stop(number, frame):
     """Ctrl-C: each run saves and leaves, and no more are started."""
+    os.write(2, b"\nstopping: each run saves (once more to leave at once)\n")
     with starting:
         stopped.set()
         for process in processes:
@@ -84,15 +86,17 @@ def train_and_evaluate(run, words, evaluate, environment):
                     [sys.executable, ROOT / script, *arguments], env=environment, start_new_session=True,
                     stdout=output, stderr=subprocess.STDOUT)
             processes.append(process)
-        if process.wait():
+        if code := process.wait():
             if not stopped.is_set():
-                reason = (run / "output.txt").read_text().splitlines()[-1]
-                print(f"\nfailed: {shlex.join([script, *arguments])}: {reason} (see {run}/output.txt)")
+                last = (run / "output.txt").read_text(errors="replace").splitlines()[-1]
+                print(f"\nfailed: {shlex.join([script, *arguments])}, exit code {code}: {last} "
+                      f"(see {run}/output.txt)")
             return False
     return True
 
 def run_all(jobs, commands, evaluate):
     """All runs, `jobs` side by side, each with its share of the machine. Returns whether all went well."""
+    jobs = min(jobs, len(commands))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     threads, waiting = max(1, os.cpu_count() // jobs), iter(commands.items())
 
@@ -105,9 +109,7 @@ def run_all(jobs, commands, evaluate):
     def steps_done():
         return sum(log[-1]["step"] for log in map(read_log, commands) if log)
 
-    # A mistake in a command ends the program here.
-    total = sum(load(defaults.Config, "", defaults.RULES, words, allow_words=False)[0].max_steps
-                for words in commands.values())
+    total = sum(settings_of(words).max_steps for words in commands.values())
     on_signals(stop)
     with (ThreadPoolExecutor(jobs) as pool,
           tqdm(total=total, initial=steps_done(), unit=" steps", smoothing=0) as bar):
@@ -117,26 +119,38 @@ def run_all(jobs, commands, evaluate):
         bar.update(steps_done() - bar.n)
     return all(worker.result() for worker in workers)
 
+def settings_of(words):
+    """train.py's settings with these words. A mistake in them ends the program."""
+    return load(defaults.Config, "", defaults.RULES, words, allow_words=False)[0]
+
 def finished(run):
     """Whether a run has come to its end, or was ended by on_collapse=stop."""
     log = read_log(run)
     last = max((line["step"] for line in log if line["kind"] == "eval"), default=0)
     collapsed = any(line["kind"] == "collapse" and line["action"] == "stop" for line in log)
-    return last > 0 and (collapsed or last == read_json(run / "config.json")["max_steps"])
+    return last > 0 and (collapsed or last == read_json(run / "config.json").get("max_steps"))
+
+def damaged(run):
+    """Whether a file of a run's folder cannot be read, which is told."""
+    try:
+        finished(run)
+    except SystemExit:
+        return True
 
 # --------------------------------------------------------------------------------------------------
 # Reporting
 
 def results(commands, baseline):
     """A row for each finished run: arm, seed, its last evaluation, and where its validation loss came down to
-    the final one of the baseline's run of that seed. Named entities: the mean over all tables in its folder.
+    the final one of the baseline's run of that seed. Named entities: the mean of the head-only rows of all
+    tables in its folder.
     """
     rows, runs = [], filter(finished, commands)
     evals = {run: [line for line in read_log(run) if line["kind"] == "eval"] for run in runs}
     final = {run: lines[-1]["val_loss"] for run, lines in evals.items()}
     for run, lines in evals.items():
         ner = [entry["f1"] for path in sorted(run.glob("ner_*.json")) for entry in read_json(path)["table"]
-               if entry["system"] == str(run)]
+               if entry["mode"] == "head" and Path(entry["system"]).parts[-2:] == run.parts[-2:]]
         row = {"arm": run.parent.name, "seed": int(run.name[4:]), "run": run, **lines[-1],
                "ner_f1": np.mean(ner) if ner else np.nan}
         goal = final.get(run.parents[1] / baseline / run.name, -np.inf)  # without it nobody arrives
@@ -158,8 +172,9 @@ def table(frame, baseline):
         if metric not in of_arm or of_arm[metric].isna().any():  # no numbers, or a run never got there
             continue
         values = of_arm.set_index("seed")[metric]
+        by_word = 1.96 * of_arm.get(f"{metric}_se", values * np.nan).mean()
         row = {"arm": arm, "metric": metric, "n": len(values), "mean": values.mean(),
-               "interval": interval(values)}
+               "interval": interval(values) if len(values) > 1 else by_word}
         paired = (values - base[metric]).dropna()
         if arm != baseline and len(paired) > 1:
             row |= {"difference": paired.mean(), "difference_interval": interval(paired)}
@@ -180,9 +195,10 @@ def markdown(rows, baseline):
     for arm, of_arm in rows.groupby("arm", sort=False):
         cells = dict.fromkeys(metrics, "")
         for row in of_arm.to_dict("records"):
-            text = f"{row['mean']:.4g}" + f" ± {row['interval']:.2g}" * (row["n"] > 1)
+            text = f"{row['mean']:.4g}" + f" ± {row['interval']:.2g}" * pd.notna(row["interval"])
             if pd.notna(row.get("difference")):
-                p = f", p {row['p_holm']:.3f}" if pd.notna(row.get("p_holm")) else ""
+                p = row.get("p_holm", np.nan)
+                p = "" if pd.isna(p) else f", p {p:.3f}" if p >= 0.001 else ", p < 0.001"
                 text += f" ({row['difference']:+.3g} ± {row['difference_interval']:.2g}{p})"
             cells[row["metric"]] = text
         lines.append([f"{arm}, {of_arm['n'].max()}", *cells.values()])
@@ -195,11 +211,13 @@ def report(folder, commands, baseline):
     if baseline not in set(frame.get("arm", [])):
         fail(f"no finished run of the baseline {baseline} in {folder}")
     made = {run: read_json(run / "config.json") for run in frame["run"]}
-    for run in made:
-        if [word for word in made[run]["argv"] if word != "--resume=True"] != commands[run]:
-            print(f"note: {run} was made with other settings: {shlex.join(made[run]['argv'])}")
+    for run, settings in made.items():
+        differ = [f"{key} = {settings[key]}" for key, setting in asdict(settings_of(commands[run])).items()
+                  if key not in ("out_dir", "data_dir", "resume") and settings.get(key, setting) != setting]
+        if differ:
+            print(f"note: {run} was made with {', '.join(differ)}")
     for key in ("git", "corpus_hash", "system", "versions"):
-        if len({str(settings[key]) for settings in made.values()}) > 1:
+        if len({str(settings.get(key)) for settings in made.values()}) > 1:
             print(f"note: the runs differ in {key}; see their config.json")
     rows = table(frame, baseline)
     print(text := markdown(rows, baseline))
@@ -218,8 +236,8 @@ def report(folder, commands, baseline):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-def read_study(path, grid):
-    """A study's file, or a configuration: words of all runs, {arm: its words}, seeds, evaluations.
+def read_study(path, grid, config):
+    """A study's file, or a configuration: {run folder: words of train.py}, the baseline, evaluations.
 
     The words of the grid, --key=value,value, make each arm one for each combination of values.
     """
@@ -232,8 +250,21 @@ def read_study(path, grid):
         axes.append([f"{key}={value}" for value in values.split(",")])
     for (arm, words), values in product(study.get("arms", {"": ""}).items(), product(*axes)):
         name = " ".join([arm, *values]).replace("--", "").replace("/", "_").strip() or "all"
+        if name in arms or not name.strip(".") or re.search(r"[|\n]", name):
+            raise ValueError(f"names of arms must differ, and hold no | or line break, unlike {name!r}")
         arms[name] = f"{words} {shlex.join(values)}"
-    return study.get("base", shlex.quote(path)), arms, study.get("seeds", [0]), study.get("evaluate", [])
+    baseline = config.baseline or next(iter(arms))
+    if baseline not in arms:
+        fail(f"no arm {baseline}, but {', '.join(arms)}")
+    seeds = study.get("seeds", [0])
+    if config.seeds:
+        seeds = [int(seed) for seed in config.seeds.split(",") if seed]
+        seeds = range(seeds[0]) if config.seeds.isdecimal() else seeds
+    base, commands = study.get("base", shlex.quote(path)), {}
+    for seed, arm in product(seeds, arms):  # first all arms of a seed
+        run = Path(config.out, Path(path).stem, arm, f"seed{seed}")
+        commands[run] = shlex.split(f"{base} {arms[arm]} --seed={seed}") + [f"--out_dir={run}"]
+    return commands, baseline, study.get("evaluate", [])
 
 def main():
     own = {"-h", "--help", *(f"--{field.name}" for field in fields(Config))}
@@ -243,23 +274,15 @@ def main():
     path, *grid = sorted(others, key=lambda word: word.startswith("-")) or [""]
     if not os.path.isfile(path):
         fail("name one file: a study, studies/<name>.py, or a configuration (see --help)")
-    base, arms, seeds, evaluate = read_study(path, grid)
-    baseline = config.baseline or next(iter(arms))
-    if baseline not in arms:
-        fail(f"no arm {baseline}, but {', '.join(arms)}")
-    if config.seeds:
-        seeds = [int(seed) for seed in config.seeds.split(",") if seed]
-        seeds = range(seeds[0]) if config.seeds.isdecimal() else seeds
-    folder, commands = Path(config.out, Path(path).stem), {}  # run folder: words of train.py
-    for seed, arm in product(seeds, arms):  # first all arms of a seed
-        run = folder / arm / f"seed{seed}"
-        commands[run] = shlex.split(f"{base} {arms[arm]} --seed={seed}") + [f"--out_dir={run}"]
+    with reading(path, "a study has base, arms and seeds: see --help"):
+        commands, baseline, evaluate = read_study(path, grid, config)
     if config.list:
         return print(*(shlex.join(["python", "train.py", *words]) for words in commands.values()), sep="\n")
-    all_well = config.report or run_all(config.jobs, commands, evaluate)
+    whole = {run: words for run, words in commands.items() if not damaged(run)}
+    all_well = config.report or run_all(config.jobs, whole, evaluate)
     if not stopped.is_set():
-        report(folder, commands, baseline)
-    sys.exit(not all_well)
+        report(Path(config.out, Path(path).stem), whole, baseline)
+    sys.exit(not (all_well and whole == commands))
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """The 181M model: 768 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 3072.
 
-It has 181,095,168 parameters with a vocabulary of 50,304. This is the paper's recipe (Africa et al. 2025)
-on a corpus data/large, for one GPU, or for several with torchrun.
+It has 181,095,168 parameters with a vocabulary of 50,304. Sizes, steps and batch are the paper's
+(Africa et al. 2025), on a corpus data/large, for one GPU, or for several with torchrun.
 """
 d_model, n_layers, n_heads, n_kv_heads, d_ff = 768, 12, 12, 4, 3072
 out_dir, dataset = "out/181m", "large"

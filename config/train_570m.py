@@ -1,7 +1,7 @@
 """The 570M model: 1536 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 6144.
 
-It has 569,808,384 parameters with a vocabulary of 50,304. This is the paper's recipe (Africa et al. 2025)
-on a corpus data/large, for one GPU, or for several with torchrun.
+It has 569,808,384 parameters with a vocabulary of 50,304. Sizes, steps and batch are the paper's
+(Africa et al. 2025), on a corpus data/large, for one GPU, or for several with torchrun.
 """
 d_model, n_layers, n_heads, n_kv_heads, d_ff = 1536, 12, 12, 4, 6144
 out_dir, dataset = "out/570m", "large"

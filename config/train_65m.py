@@ -1,7 +1,7 @@
 """The 65M model: 384 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 1536.
 
-It has 64,595,328 parameters with a vocabulary of 50,304. This is the paper's recipe (Africa et al. 2025)
-on a corpus data/large, for one GPU, or for several with torchrun.
+It has 64,595,328 parameters with a vocabulary of 50,304. Sizes, steps and batch are the paper's
+(Africa et al. 2025), on a corpus data/large, for one GPU, or for several with torchrun.
 """
 d_model, n_layers, n_heads, n_kv_heads, d_ff = 384, 12, 12, 4, 1536
 out_dir, dataset = "out/65m", "large"

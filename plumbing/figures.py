@@ -18,9 +18,9 @@ from scipy import stats
 from plumbing.files import write_atomic
 
 # The name of a run is no formula, even with a $ in it; and an axis says 0.9999, not 0.9e-3 above 0.999.
-# Okabe and Ito's colours are for all eyes; "C0" is the first of them. Twenty more follow.
+# Okabe and Ito's colours are for all eyes; "C0" is the first of them. More follow, unlike ones first.
 COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 k".split()
-COLORS += matplotlib.colormaps["tab20b"].colors
+COLORS += [matplotlib.colormaps["tab20b"].colors[i * 4 % 19] for i in range(19)]
 DASHES = ["-", "--", ":", "-."]
 DASHES += [(0, (length, 2) + (1, 2) * dots) for dots in (2, 3, 0, 4) for length in (4, 8, 14, 20)]
 warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks: one box says as much as a page
@@ -82,7 +82,7 @@ def phase(arms, x, change_point=None):
     axes[-1].set_xlabel(f"{AXES[x]} (dotted: end of warm-up)")
     names = [arm.label + f" ({len(arm.runs)} seeds, 95%)" * (len(arm.runs) > 1) for arm in arms]
     handles = [Line2D([], [], color=f"C{i}", visible=len(arms) > 1) for i in range(len(arms))]  # one: a title
-    figure.legend(handles, names, loc="outside upper center", fontsize="medium")
+    figure.legend(handles, names, loc="outside upper center", fontsize="medium", ncols=1 + (len(arms) > 5))
     return figure
 
 def draw_panel(ax, arms, keys, x, change_point):
@@ -215,14 +215,14 @@ def forest(rows, labels, metrics, baseline):
     """A sweep's paired differences of arms from a baseline, with intervals; a panel for each metric."""
     rows = rows[rows["difference"].notna()]
     metrics = [metric for metric in metrics if metric in set(rows["metric"])]
-    figure = Figure((3 + 3 * len(metrics), 1.2 + 0.35 * rows["arm"].nunique()))
+    figure = Figure((3 + 3 * len(metrics), 1.2 + 0.3 * rows["arm"].nunique()))
     axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for ax, metric in zip(axes, metrics, strict=True):
         of = rows[rows["metric"] == metric]
         ax.errorbar(of["difference"], of["arm"], xerr=of["difference_interval"], fmt="o", capsize=3)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set(xlabel=f"{labels[metric]}:\ndifference from {baseline}")
-        ax.margins(y=0.25)
+        ax.margins(y=0.1)
         ax.grid(axis="x")
     axes[0].invert_yaxis()
     return figure

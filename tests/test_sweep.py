@@ -31,6 +31,11 @@ def test_commands(tmp_path):
                 "--key=value,value": [study, "--seed=3"], "5,7": [study, "--seeds=x"],
                 "seeds = 0": [study, "--seeds=0"],
                 "nearest is": ["config/train_11m.py", "--n_weg=2,4"]}
+    for number, (says, text) in enumerate({
+            "never closed": "arms = {", "StopIteration": "arms = {}", "not iterable": "seeds = 3",
+            "quotation": "base = '\"'", "unlike 'a_b'": "arms = {'a/b': '', 'a_b': ''}"}.items()):
+        (path := tmp_path / f"{number}.py").write_text(text)
+        mistakes[says] = [path]
     for (says, _), done in zip(mistakes.items(), run_many("sweep.py", mistakes.values()), strict=True):
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
@@ -92,9 +97,16 @@ def test_report(quick_start, tmp_path):
             lines = [line | ({"val_loss": line["val_loss"] * factor + seed} if "val_loss" in line else {})
                      for line in log_of(quick_start.folder)]
             (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "study.py").write_text('base = ""\narms = {"a": "", "b, c": "", "d": ""}\nseeds = [0, 1]')
+    damaged = tmp_path / "study/d/seed0"
+    shutil.copytree(tmp_path / "study/a/seed0", damaged)
+    (damaged / "config.json").write_text("")
+    base = " ".join([*quick_start.words[:-1], "--lr=0.1"])
+    study = f'base = "{base}"\narms = {{"a": "", "b, c": "", "d": ""}}\nseeds = [0, 1]'
+    (tmp_path / "study.py").write_text(study)
     (done,) = run_many("sweep.py", [[tmp_path / "study.py", "--report=True", f"--out={tmp_path}"]])
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and done.stderr.startswith(f"error: cannot read {damaged}"), done.stderr
+    lr = json.loads((quick_start.folder / "config.json").read_text())["lr"]
+    assert f"seed0 was made with lr = {lr}\n" in done.stdout and "was made with seed = 0, lr" in done.stdout
     rows = pd.read_csv(tmp_path / "study/table.csv").set_index(["arm", "metric"])
     last = log_of(quick_start.folder, "eval")[-1]
     assert rows.loc[("b, c", "val_loss"), "difference"] == pytest.approx(-0.1 * last["val_loss"])
