@@ -47,6 +47,8 @@ def test_table_is_that_of_textbook_formulas():
     frame = pd.DataFrame([{"arm": arm, "seed": seed, "val_loss": loss} for arm, of_arm in arms.items()
                           for seed, loss in enumerate(of_arm)])
     rows = sweep.table(frame, "base").set_index("arm")
+    single = pd.DataFrame([{"arm": "base", "seed": 0, "val_query_acc": 0.2, "val_query_acc_se": 0.01}])
+    assert sweep.table(single, "base").loc[0, "interval"] == pytest.approx(0.0196)  # by word
     for arm, losses in arms.items():
         row = rows.loc[arm]
         low, high = stats.t.interval(0.95, len(losses) - 1, losses.mean(), stats.sem(losses))
@@ -97,6 +99,8 @@ def test_report(quick_start, tmp_path):
             lines = [line | ({"val_loss": line["val_loss"] * factor + seed} if "val_loss" in line else {})
                      for line in log_of(quick_start.folder)]
             (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ner = [{"system": "moved/a/seed1", "mode": mode, "f1": f1} for mode, f1 in (("head", 0.2), ("full", 0.8))]
+    (run.parents[1] / "a/seed1/ner_da.json").write_text(json.dumps({"table": ner}))
     damaged = tmp_path / "study/d/seed0"
     shutil.copytree(tmp_path / "study/a/seed0", damaged)
     (damaged / "config.json").write_text("")
@@ -111,6 +115,7 @@ def test_report(quick_start, tmp_path):
     last = log_of(quick_start.folder, "eval")[-1]
     assert rows.loc[("b, c", "val_loss"), "difference"] == pytest.approx(-0.1 * last["val_loss"])
     assert rows.loc[("a", "steps_to"), "mean"] == pytest.approx(last["step"])
+    assert pd.read_csv(tmp_path / "study/runs.csv").set_index(["arm", "seed"]).loc[("a", 1), "ner_f1"] == 0.2
     assert rows.loc[("b, c", "steps_to"), "mean"] < last["step"]
     for name in ("table.md", "table.json", "runs.csv", "flops.png", "differences.png"):
         assert (tmp_path / "study" / name).stat().st_size > 100
