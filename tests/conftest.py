@@ -31,7 +31,8 @@ TINY = """--d_model=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --d_ff=64 --block
 
 # Where scripts' processes are forked from: importing these takes longer than most of the runs.
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "datasets", "sklearn.linear_model"])
+preloaded = "pytest torch._dynamo matplotlib.pyplot datasets sklearn.linear_model"
+forks.set_forkserver_preload(preloaded.split())
 
 def run_script(*words, expect=0, cwd=ROOT):
     """Run `python words...`, which must end with exit code `expect` and no traceback."""
@@ -111,6 +112,11 @@ def run_started(writer, ignored, *what):
         os.dup2(writer.fileno(), number)
     writer.close()
     os._exit(execute(*what))
+
+def one_line(done, says):
+    """A command that was given a mistake ended with one line, which says this."""
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert says in done.stderr, done.stderr
 
 def log_of(folder, *kinds):
     """The lines of a run's log, of these kinds or all."""

@@ -3,7 +3,6 @@ import importlib
 import inspect
 import itertools
 import json
-import os
 import random
 import shutil
 
@@ -97,10 +96,6 @@ def test_a_batch_of_texts(hub):
     assert model.config.pad_token_id == tokenizer.pad_token_id
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     assert classifier(**batch).logits.shape == (2, 2)
-
-def test_the_newest_two_keep_their_optimizer(quick_start):
-    files = [f"{folder}/optimizer.safetensors" for folder in checkpoints(quick_start.folder).values()]
-    assert list(map(os.path.exists, files)) == [False, False, True, True]
 
 # --------------------------------------------------------------------------------------------------
 # Theirs

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, log_of, run_many, without_times
+from conftest import ROOT, checkpoint, log_of, one_line, run_many, without_times
 
 from model import Llama, ModelConfig
 from plumbing.corpus import load_corpus
@@ -50,7 +50,7 @@ BASE = dict(
     d_model=D, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=FF, block_size=T, batch_size=B, compile=False,
     dtype="float32", device="cpu", n_way=N, k_shot=K, q_query=Q, episode_len=L, inner_lr=INNER_LR / N,
     inner_steps=INNER_STEPS, meta_ratio=1, max_steps=LAST, lr=0.01, warmup_steps=1, grad_clip=1e9,
-    eval_steps=2, eval_interval=1000, ckpt_interval=1, log_interval=1000)
+    eval_steps=2, eval_interval=1000, ckpt_interval=1, log_interval=1000, micro_episodes=64)
 KINDS = {  # of meta steps, and what is set for each
     "first order": {},
     "second order": {"second_order": True},
@@ -67,9 +67,9 @@ KINDS = {  # of meta steps, and what is set for each
 BOTH = {"meta_ratio": 0.5, "max_steps": 12, "eval_interval": 6, "schedule": "constant", "seed": 1,
         "head_layers": 2, "head_hidden": 8}
 STILL = {"lr": 1e-12, "max_steps": 40, "ckpt_interval": 40}  # weights stand still: losses tell of the text
-LONG = {"max_steps": 60, "ckpt_interval": 30, "n_way": 8, "k_shot": 4, "q_query": 2, "inner_lr": 1.25,
+LONG = {"max_steps": 40, "ckpt_interval": 20, "n_way": 8, "k_shot": 4, "q_query": 2, "inner_lr": 1.25,
         "inner_steps": 10, "grad_clip": 1}
-POOL = {"pool_tokens": 40_000, "max_steps": 5}
+POOL = {"pool_tokens": 40_000}  # which takes less time to look through
 MISTAKES = {  # what is set, and what the one line says
     "many ways": ({"n_way": 1000}, "n_way=1000"),
     "long windows": ({"episode_len": 10**6}, "episode_len=1000000"),
@@ -93,14 +93,15 @@ def runs(data_dir, tmp_path_factory):
     """The folder of all runs, and what became of the commands by name."""
     here = tmp_path_factory.mktemp("meta")
     again = {"out_dir": here / "both again"}
-    cases = KINDS | {"both": BOTH | {"evaluates": True}, "both again": BOTH | {"max_steps": 7} | again,
-                     "both, resumed": BOTH | {"resume": True} | again}
+    cases = {kind: POOL | changes for kind, changes in KINDS.items()}
+    cases |= {"both": BOTH | {"evaluates": True}, "both again": BOTH | {"max_steps": 7} | again,
+              "both, resumed": BOTH | {"resume": True} | again}
     cases |= {f"still {r}": STILL | {"meta_ratio": r} for r in (0.3, 1)}
     cases["still 0"] = STILL | {"meta_ratio": 0, "inner_steps": 1, "evaluates": True}
-    cases["small pools"] = POOL
+    cases["small pools"] = POOL | {"max_steps": 5}
     cases["shuffled"] = LONG | {"shuffle_labels": True}
     cases["not shuffled"] = LONG
-    cases["multi-task, long"] = LONG | {"inner_steps": 0, "evaluates": True, "eval_interval": 30}
+    cases["multi-task, long"] = LONG | {"inner_steps": 0, "evaluates": True, "eval_interval": 20}
     cases |= {name: changes for name, (changes, _) in MISTAKES.items()}
     return here, run_witnessed(here, data_dir, cases)
 
@@ -287,7 +288,7 @@ def test_shuffled_labels(runs):
             orders.add(tuple(support[0]))
         accuracy[name] = np.mean([line["query_acc"] for line in log_of(runs[0] / name, "meta")])
     assert len(orders) == 1 + LONG["max_steps"]
-    assert abs(accuracy["shuffled"] - 1 / 8) < 0.04 and accuracy["not shuffled"] > 1 / 8 + 0.06  # +- 0.01
+    assert abs(accuracy["shuffled"] - 1 / 8) < 0.04 and accuracy["not shuffled"] > 1 / 8 + 0.06  # +- 0.013
 
 def test_multi_task(runs):
     """inner_steps=0: an output for each id of the vocabulary, of which training moves those of its words."""
@@ -306,7 +307,7 @@ def test_multi_task(runs):
 # Evaluations
 
 @pytest.mark.parametrize("name, step, n", [
-    ("both", 0, 8), ("both", 6, 8), ("both", 12, 64), ("multi-task, long", 30, 8)])
+    ("both", 0, 8), ("both", 6, 8), ("both", 12, 64), ("multi-task, long", 20, 8)])
 def test_evaluation_is_that_of_a_fresh_head_adapted_by_hand(runs, name, step, n):
     """On 8 episodes of either kind, at the end 64: last layer zero, 10 steps where training has none."""
     here, evaluations = runs[0], log_of(runs[0] / name, "eval")
@@ -394,8 +395,7 @@ def test_curves(runs):
     for lines, labels in ((log, ["LM", "query"]), (plain, ["LM"])):
         assert [ax.get_ylabel().split()[0] for ax in curves(lines, settings, "").axes] == labels
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_one_line(runs, name):
-    here, done = runs[0], runs[1][name]
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert MISTAKES[name][1] in done.stderr and not (here / name / "config.json").exists()
+def test_mistakes_are_one_line(runs):
+    for name, (_, says) in MISTAKES.items():
+        one_line(runs[1][name], says)
+        assert not (runs[0] / name / "config.json").exists()

@@ -22,6 +22,7 @@ import pytest
 import rustbpe
 import tiktoken
 import tokenizers
+from conftest import start
 
 from plumbing import files
 from plumbing.corpus import file_rows, hub_rows, load_corpus, stream, text_files
@@ -268,19 +269,20 @@ def test_tokenizer_json_of_a_model_and_of_a_run(jsonl, texts, tmp_path):
 def test_kill_9_and_the_same_command_again(mixed, tmp_path, monkeypatch):
     """In the middle of three sources. What is saved is not encoded again; the bytes are the same."""
     words, partial = [*mixed[1], "--vocab_size=400"], tmp_path / "mixed" / "partial"
-    argv = ["mixed", f"--data_dir={tmp_path}", *words]
-    code = (f"import sys; sys.path.insert(0, {str(DATA)!r}); import prepare; prepare.SAVE = -1; "
-            f"prepare.os.fsync = int; prepare.BATCH = 4; sys.argv[1:] = {argv}; prepare.main()")
+    (tmp_path / "program.py").write_text(
+        f"import sys; sys.path.insert(0, {str(DATA)!r}); import prepare; prepare.SAVE = -1; "
+        "prepare.os.fsync = int; prepare.BATCH = 4; prepare.main()")
     for documents in (30, 90):
-        process, done = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL), 0
+        process, done = start(tmp_path / "program.py", "mixed", f"--data_dir={tmp_path}", *words), 0
         while done < documents:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.005)
             if (partial / "state.json").exists():
                 state = json.loads((partial / "state.json").read_text())
                 done = sum(source["train"]["documents"] for source in state["done"])
         process.kill()
-        assert process.wait() == -9 and not (tmp_path / "mixed" / "meta.json").exists()
+        process.join()
+        assert process.exitcode == -9 and not (tmp_path / "mixed" / "meta.json").exists()
     with open(partial / "train.bin", "ab") as file:
         file.write(b"more than the state knows of")
     encoded, encode = [], prepare.Tokenizer.encode_ordinary

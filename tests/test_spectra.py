@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import log_of, run_many
+from conftest import log_of, one_line, run_many
 from matplotlib.colors import to_hex
 
 import spectra
@@ -81,7 +81,7 @@ def test_attention_entropy(model):
     assert np.max(expected) < 0.97 and np.std(expected) > 0.005  # there is something to see
     np.testing.assert_allclose(spectra.attention_entropy(model, BATCH[0]), expected, atol=2e-6)
     g = torch.Generator().manual_seed(0)
-    q, k = torch.randn(1, 2, 1800, 8, generator=g), torch.randn(1, 1, 1800, 8, generator=g)
+    q, k = torch.randn(1, 2, 1500, 8, generator=g), torch.randn(1, 1, 1500, 8, generator=g)
     np.testing.assert_allclose(spectra.head_entropy(q, k), direct_entropy(q, k), atol=1e-5)  # in two chunks
     assert spectra.head_entropy(0 * q, k).tolist() == pytest.approx([1] * 2)  # uniform
     assert spectra.head_entropy(q[:, :, :1], k[:, :, :1]).tolist() == [0] * 2  # a row of length one has none
@@ -228,9 +228,10 @@ def test_times_sooner():
 
 def test_twenty_arms_and_sources_are_told_apart_and_named_as_they_are(tmp_path):
     names = ["_base", "cost $5 to $9", "a$\\q$", *map(str, range(17))]
-    log = [line | {f"val_loss/{name}": 1.0 for name in names} for line in made_up_log()]
+    plain = made_up_log(n=5)
+    log = [line | {f"val_loss/{name}": 1.0 for name in names} for line in plain]
     settings = {"n_layers": 3, "n_way": 16, "k_shot": 4, "warmup_steps": 20}
-    figure = figures.phase([figures.Arm(name, [log], settings) for name in names], "step")
+    figure = figures.phase([figures.Arm(name, [plain], settings) for name in names], "step")
     assert [text.get_text() for text in figure.legends[0].texts] == names
     assert len({to_hex(line.get_color()) for line in figure.legends[0].get_lines()}) == 20
     for few in ("a", "ab"):
@@ -261,7 +262,7 @@ def test_command_line(data_dir, tmp_path, monkeypatch):
     *good, none = run_many("spectra.py", [
         [run, seed1, half, "--x=lm_tokens", f"--out={tmp_path}/out"], [alone, f"{alone}/"],
         [last, f"--corpus={data_dir}/docstrings"], []])
-    assert none.returncode == 2 and "name run" in none.stderr and none.stderr.count("\n") == 1
+    one_line(none, "name run")
     assert [done.returncode for done in good] == [0] * 3 and "Times sooner" in good[0].stdout
     assert (tmp_path / "out/phase.png").exists() and (alone / "heat.png").exists()
     assert not (run / "spectra.csv").exists()  # with --out nothing is written into runs

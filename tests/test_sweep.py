@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY, log_of, run_many
+from conftest import ROOT, TINY, log_of, one_line, run_many
 from scipy import stats
 
 import sweep
@@ -37,7 +37,7 @@ def test_commands(tmp_path):
         (path := tmp_path / f"{number}.py").write_text(text)
         mistakes[says] = [path]
     for (says, _), done in zip(mistakes.items(), run_many("sweep.py", mistakes.values()), strict=True):
-        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+        one_line(done, says)
 
 def test_table_is_that_of_textbook_formulas():
     rng = np.random.default_rng(0)
