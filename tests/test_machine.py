@@ -73,6 +73,7 @@ Run.__init__ = later""",
 read, attempt, in_step = Llama.features, Run.within_memory, []
 def features(model, idx, *cache, **options):
     if in_step and len(idx) > 2 * (8 if idx.size(1) == 20 else 1):
+        model.norm.weight.grad = torch.ones_like(model.norm.weight)  # a part of the step that went well
         raise torch.OutOfMemoryError("pretended")
     return read(model, idx, *cache, **options)
 def within_memory(run, *step):

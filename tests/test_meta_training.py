@@ -69,7 +69,7 @@ BOTH = {"meta_ratio": 0.5, "max_steps": 12, "eval_interval": 6, "schedule": "con
 STILL = {"lr": 1e-12, "max_steps": 40, "ckpt_interval": 40}  # weights stand still: losses tell of the text
 LONG = {"max_steps": 40, "ckpt_interval": 20, "n_way": 8, "k_shot": 4, "q_query": 2, "inner_lr": 1.25,
         "inner_steps": 10, "grad_clip": 1}
-POOL = {"pool_tokens": 40_000}  # which takes less time to look through
+POOL = {"pool_tokens": 40_000, "max_steps": 5}
 MISTAKES = {  # what is set, and what the one line says
     "many ways": ({"n_way": 1000}, "n_way=1000"),
     "long windows": ({"episode_len": 10**6}, "episode_len=1000000"),
@@ -93,12 +93,11 @@ def runs(data_dir, tmp_path_factory):
     """The folder of all runs, and what became of the commands by name."""
     here = tmp_path_factory.mktemp("meta")
     again = {"out_dir": here / "both again"}
-    cases = {kind: POOL | changes for kind, changes in KINDS.items()}
-    cases |= {"both": BOTH | {"evaluates": True}, "both again": BOTH | {"max_steps": 7} | again,
-              "both, resumed": BOTH | {"resume": True} | again}
+    cases = KINDS | {"both": BOTH | {"evaluates": True}, "both again": BOTH | {"max_steps": 7} | again,
+                     "both, resumed": BOTH | {"resume": True} | again}
     cases |= {f"still {r}": STILL | {"meta_ratio": r} for r in (0.3, 1)}
     cases["still 0"] = STILL | {"meta_ratio": 0, "inner_steps": 1, "evaluates": True}
-    cases["small pools"] = POOL | {"max_steps": 5}
+    cases["small pools"] = POOL
     cases["shuffled"] = LONG | {"shuffle_labels": True}
     cases["not shuffled"] = LONG
     cases["multi-task, long"] = LONG | {"inner_steps": 0, "evaluates": True, "eval_interval": 20}

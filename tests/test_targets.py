@@ -12,7 +12,7 @@ from test_meta_training import (BASE, FF, INNER_LR, INNER_STEPS, LAST, D, N, T, 
 from model import Llama, ModelConfig
 
 LR = 0.3  # of the target; large enough that forgetting to adapt anything shows
-TWO = {"n_layers": 2, "target_lr": LR, "pool_tokens": 40_000}
+TWO = {"n_layers": 2, "target_lr": LR}
 SECOND, BFLOAT16 = {"second_order": True}, {"dtype": "bfloat16"}
 PARTS = {"episodes_per_step": 3, "micro_episodes": 2}
 ATTENTION, MLP = r"blocks\.[01]\.attention\.[qkvo]_proj", r"blocks\.[01]\.mlp\.(gate|up|down)"
