@@ -14,6 +14,7 @@ Intervals are 95%, by Student's t over seeds; those of accuracy speak of the wor
 runs share. Of a single seed they are clustered by word. p is of the paired t test, corrected by Holm over the
 whole table; table.csv also has that of an exact sign-flip test.
 """
+import contextlib
 import os
 import re
 import runpy
@@ -65,11 +66,12 @@ starting, processes, stopped = Lock(), [], Event()
 
 def stop(number, frame):
     """Ctrl-C: each run saves and leaves, and no more are started."""
-    os.write(2, b"\nstopping: each run saves (once more to leave at once)\n")
     with starting:
         stopped.set()
         for process in processes:
             process.terminate()
+    with contextlib.suppress(OSError):  # who read this may have gone
+        os.write(2, b"\nstopping: each run saves (once more to leave at once)\n")
 
 def train_and_evaluate(run, words, evaluate, environment):
     """One run, away from the Ctrl-C that this process gets. Returns whether all went well."""
@@ -96,7 +98,7 @@ def train_and_evaluate(run, words, evaluate, environment):
 
 def run_all(jobs, commands, evaluate):
     """All runs, `jobs` side by side, each with its share of the machine. Returns whether all went well."""
-    jobs = min(jobs, len(commands))
+    jobs = max(1, min(jobs, len(commands)))  # none is left if all folders are damaged
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     threads, waiting = max(1, os.cpu_count() // jobs), iter(commands.items())
 

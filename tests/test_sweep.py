@@ -1,9 +1,12 @@
 """sweep.py: which runs it makes, and the arithmetic of its table."""
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -87,7 +90,18 @@ def test_workers_share_cores_and_gpus(monkeypatch, tmp_path, visible, gpus):
     runs = [tmp_path / f"seed{seed}" for seed in range(9)]
     assert not sweep.run_all(3, dict.fromkeys(runs, []), [])
     assert len(begun) == 9 and sorted({*map(tuple, begun)}) == [(gpu, "4") for gpu in gpus]
-    assert sweep.run_all(3, dict.fromkeys(runs[2:], []), [])
+    assert sweep.run_all(3, dict.fromkeys(runs[2:], []), []) and sweep.run_all(3, {}, [])
+
+def test_stopping_needs_no_terminal(monkeypatch):
+    """A closed terminal sends SIGHUP and takes no word any more: the runs are told all the same."""
+    told, read_end, write_end = [], *os.pipe()
+    os.close(read_end)
+    monkeypatch.setattr(sweep, "processes", [SimpleNamespace(terminate=lambda: told.append(True))])
+    monkeypatch.setattr(sweep, "stopped", threading.Event())
+    write = os.write
+    monkeypatch.setattr(sweep.os, "write", lambda number, text: write(write_end, text))
+    sweep.stop(1, None)
+    assert told and sweep.stopped.is_set()
 
 def test_report(quick_start, tmp_path):
     """Of run folders that are there: the last evaluations, and where the baseline's loss was reached."""
