@@ -205,7 +205,8 @@ def markdown(rows, baseline):
             cells[row["metric"]] = text
         lines.append([f"{arm}, {of_arm['n'].max()}", *cells.values()])
     lines = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"Mean over seeds ± 95% interval (difference from {baseline}, p by Holm).\n\n{lines}\n"
+    return (f"Mean over seeds ± 95% interval (difference from {baseline}, p by Holm).\n"
+            f"A cell is empty where a run of the arm lacks the number.\n\n{lines}\n")
 
 def report(folder, commands, baseline):
     """Write table.md, .csv and .json, runs.csv, and the figures, of what has been run."""
