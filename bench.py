@@ -6,7 +6,7 @@
 
 The ways to do a thing take turns (A B A B), each time in a process of its own that begins with a step that is
 not counted. A row has the median time of a step, the fastest and the slowest, the ratio to the first way, and
-the peak memory. Let nothing else run, and believe no ratio nearer to 1 than the brackets are wide.
+the peak memory. Let nothing else run. Ignore a ratio that differs from 1 by less than the brackets' width.
 """
 import json
 import os
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import eval_ner
 import maml
 import smlmt
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, compile_parts
 from plumbing.checkpoint import hf_config
 from plumbing.corpus import load_corpus
 from plumbing.machine import choose_device, choose_dtype, peak_memory
@@ -78,7 +78,7 @@ def lm_step(name, peer, compiled, dtype):
     model = make_model(name, peer)
     idx = torch.randint(shape.vocab_size, (B, shape.block_size + 1), device=device)
     if compiled:
-        model.compile(dynamic=False) if peer else model.compile_parts()
+        model.compile(dynamic=False) if peer else compile_parts(model)
 
     def loss():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -97,7 +97,7 @@ def meta_step(name, backbone_again):
     e = {key: torch.from_numpy(np.stack([episode[key] for episode in episodes])).to(device)
          for key in episodes[0] if key.startswith(("support", "query"))}
     model = Llama(shape).to(device)
-    model.compile_parts()
+    compile_parts(model)
     head = {key: p.to(device).requires_grad_() for key, p in maml.init_head(shape.d_model, n_way).items()}
 
     def features(part):  # (E, M, C)
@@ -110,16 +110,16 @@ def meta_step(name, backbone_again):
         batch = features("support"), e["support_labels"], features("query"), e["query_labels"]
         return maml.episode_loss(head, *batch, lr=1.0, steps=10)[0]
 
-    def again():
+    def rerun_backbone():
         heads, logits = {key: p.expand(E, *p.shape) for key, p in head.items()}, torch.vmap(maml.head_logits)
         for _ in range(10):
-            answers = logits(heads, maml.scaled(features("support"))).flatten(0, 1)  # (E M, N)
-            loss = E * F.cross_entropy(answers, e["support_labels"].flatten())
+            scores = logits(heads, maml.scaled(features("support"))).flatten(0, 1)  # (E M, N)
+            loss = E * F.cross_entropy(scores, e["support_labels"].flatten())
             gradient = torch.autograd.grad(loss, list(heads.values()))
             heads = {key: p - g for (key, p), g in zip(heads.items(), gradient, strict=True)}
-        answers = logits(heads, maml.scaled(features("query"))).flatten(0, 1)
-        return F.cross_entropy(answers, e["query_labels"].flatten())
-    return optimized([*model.parameters(), *head.values()], again if backbone_again else ours)
+        scores = logits(heads, maml.scaled(features("query"))).flatten(0, 1)
+        return F.cross_entropy(scores, e["query_labels"].flatten())
+    return optimized([*model.parameters(), *head.values()], rerun_backbone if backbone_again else ours)
 
 def generate_step(name, peer):
     """The likeliest 64 tokens after 16, in float32. Both models keep the keys and values of tokens read."""

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 
 from plumbing import settings  # before torch: Ctrl-C is quiet soon
-from plumbing.files import fail, reading, write_atomic
+from plumbing.files import attempt, fail, write_atomic
 from plumbing.settings import Count, Whole
 
 import numpy as np
@@ -176,10 +176,10 @@ def sentence_tasks(config):
     else:
         files, rows = text_files(config.data), {}
         for name in sorted(name[:-6] for name in files if name.endswith("_train")) or ["<task>"]:
-            with reading(config.data, "a task is two files, <task>_train and <task>_test"):
+            with attempt(f"read {config.data}", "a task is two files, <task>_train and <task>_test"):
                 rows[name] = [read_files(files[f"{name}_{end}"], columns) for end in ("train", "test")]
     for name, splits in rows.items():
-        with reading(name, "see --text_column, --label_column, --split and --shots"):
+        with attempt(f"read {name}", "see --text_column, --label_column, --split and --shots"):
             tasks.append(sentence_task(config, name, *splits))
     return tasks
 
@@ -246,11 +246,11 @@ def summary(rows, clusters, first, *others):
     return cells
 
 def main():
-    config, words = settings.load(Config, __doc__, RULES)
+    config, paths = settings.load(Config, __doc__, RULES)
     config.shots = sorted({int(k) for k in config.shots.split(",")})
     device = choose_device("auto")
-    models = load_models(words, None if config.step == -1 else config.step, device)
-    first = models[words[0]]
+    models = load_models(paths, config.step, device)
+    first = models[paths[0]]
     made_with = asdict(TrainConfig()) | first.settings
     folder = config.corpus or f"{made_with['data_dir']}/{made_with['dataset']}"
     problem = max(corpus_problem(loaded, folder) for loaded in models.values())  # "" if there is none
@@ -263,7 +263,7 @@ def main():
         fail(problem or "no episodes can be drawn, for the reasons above; change --shots or --corpus")
     torch.manual_seed(config.seed)
     systems = {"random weights": first._replace(model=Llama(first.model.config).to(device).eval(), head={})}
-    systems |= {f"{word}, step {loaded.step}": loaded for word, loaded in models.items()}
+    systems |= {f"{path}, step {loaded.step}": loaded for path, loaded in models.items()}
     for name, loaded in tqdm(systems.items(), "reading and fitting", disable=None):
         for task in tasks:
             evaluate(task, name, loaded)
@@ -276,7 +276,7 @@ def main():
                                        "after_each_inner_step": task.curves}
         table = pd.DataFrame(shots).map("{0[mean]:.4f} ± {0[ci95]:.4f}".format)
         print(f"\n{task.name}: {task.about}\n{table.rename(columns='K = {}'.format).to_string()}")
-    out = config.out or words[0]
+    out = config.out or paths[0]
     write_atomic(f"{out}/fewshot.json", json.dumps(results, indent=2))
     figures.save(figures.few_shot(results, list(systems)), f"{out}/fewshot.png")
     print(f"\nwritten {out}/fewshot.json and .png")

@@ -85,17 +85,23 @@ def bootstrap(totals):
     counts = np.random.default_rng(0).multinomial(D, np.full(D, 1 / D), DRAWS)  # (DRAWS, D)
     return rates(counts[(counts @ totals)[:, 2] > 0] @ totals)  # without draws of only empty documents
 
-def summary(totals, first=None):
-    """The numbers of documents (D, 3); or, given those of the first model, only the difference to it."""
-    (nats, tokens, size), (perplexity, bits), draws = totals.sum(0), rates(totals.sum(0)), bootstrap(totals)
-    numbers = {"perplexity": perplexity, "bits_per_byte": bits,
-               "documents": len(totals), "tokens": int(tokens), "bytes": int(size), "nats": nats}
-    if first is not None:
-        numbers, draws = {"bits_per_byte": bits - rates(first.sum(0))[1]}, draws - bootstrap(first)
-    for i, key in enumerate(("perplexity", "bits_per_byte")):
-        if key in numbers and len(totals) > 1:  # one document alone gives no interval
-            numbers[f"{key}_interval"] = np.percentile(draws[:, i], (2.5, 97.5)).tolist()
-    return numbers
+def with_interval(key, number, draws):
+    """A number by its key, and its 95% interval if draws (DRAWS,) differ: those of one document do not."""
+    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+    return {key: number} | ({f"{key}_interval": [low, high]} if low < high else {})
+
+def summary(totals):
+    """The metrics of documents, given nats, tokens and bytes of each (D, 3)."""
+    nats, tokens, size = totals.sum(0)
+    (perplexity, bits), draws = rates(totals.sum(0)), bootstrap(totals)
+    metrics = with_interval("perplexity", perplexity, draws[:, 0])
+    metrics |= with_interval("bits_per_byte", bits, draws[:, 1])
+    return metrics | {"documents": len(totals), "tokens": int(tokens), "bytes": int(size), "nats": nats}
+
+def difference(totals, first):
+    """Bits per byte of documents (D, 3) minus those of the first model, in the same draws."""
+    bits, bits_first = rates(totals.sum(0))[1], rates(first.sum(0))[1]
+    return with_interval("bits_per_byte", bits - bits_first, (bootstrap(totals) - bootstrap(first))[:, 1])
 
 def read_domains(config):
     """{domain: list of texts}. A missing text (null) is an empty one."""
@@ -116,51 +122,51 @@ def read_domains(config):
             fail(f"{domain} holds no text in its column {config.column}; choose another with --column=")
     return texts
 
-def cell(numbers, key, form):
+def cell(metrics, key, form):
     """A number, and its interval if it has one."""
-    ends = ", ".join(f"{end:{form}}" for end in numbers.get(f"{key}_interval", []))
-    return f"{numbers[key]:{form}}" + f" [{ends}]" * bool(ends)
+    ends = ", ".join(f"{end:{form}}" for end in metrics.get(f"{key}_interval", []))
+    return f"{metrics[key]:{form}} [{ends}]" if ends else f"{metrics[key]:{form}}"
 
 def table(result):
-    """The numbers of a model's last step as text, a row for each domain."""
+    """The metrics of a model's last step as text, a row for each domain."""
     rows, difference = {}, result.get("difference")
-    for domain, numbers in list(result["steps"].values())[-1].items():
-        rows[domain] = {"documents": f"{numbers['documents']:,}", "bytes": f"{numbers['bytes']:,}",
-                        "perplexity": cell(numbers, "perplexity", ".2f"),
-                        "bits per byte": cell(numbers, "bits_per_byte", ".3f")}
+    for domain, metrics in list(result["steps"].values())[-1].items():
+        rows[domain] = {"documents": f"{metrics['documents']:,}", "bytes": f"{metrics['bytes']:,}",
+                        "perplexity": cell(metrics, "perplexity", ".2f"),
+                        "bits per byte": cell(metrics, "bits_per_byte", ".3f")}
         if difference:
             rows[domain][f"minus {difference['from']}"] = cell(difference[domain], "bits_per_byte", "+.3f")
     return pd.DataFrame(rows).T.to_string()
 
 def main():
-    config, words = settings.load(Config, __doc__, RULES)
+    config, paths = settings.load(Config, __doc__, RULES)
     device = choose_device("auto")
-    models = load_models(words, int(config.step) if config.step.isdecimal() else None, device)
-    context = config.context or models[words[0]].model.config.block_size
-    stride = min(config.stride or -(-context // 2), context)
+    models = load_models(paths, int(config.step) if config.step.isdecimal() else -1, device)
+    context = config.context or models[paths[0]].model.config.block_size
+    stride = min(config.stride or (context + 1) // 2, context)
     domains = read_domains(config)
     texts = sum(domains.values(), [])
     where = np.repeat(list(domains), [len(of_domain) for of_domain in domains.values()])  # (D,)
-    groups = {domain: where == domain for domain in domains} | {"all": where != ""}
+    groups = {domain: where == domain for domain in domains} | {"all": np.ones(len(texts), bool)}
     results, totals = {}, {}
-    for path, last in models.items():
-        ids, steps = last.tokenizer.encode_ordinary_batch(texts), {}
+    for path, loaded in models.items():
+        ids, steps = loaded.tokenizer.encode_ordinary_batch(texts), {}
         sizes = [(len(row), len(text.encode())) for row, text in zip(ids, texts, strict=True)]
-        for step in (checkpoints(path) if config.step == "all" else {}) or [last.step]:
-            model = last.model if step == last.step else load_model(path, step, device).model
-            nats = score(model, last.tokenizer.eot, ids, context, stride, f"{path}, step {step}")
+        for step in (checkpoints(path) if config.step == "all" else {}) or [loaded.step]:
+            model = loaded.model if step == loaded.step else load_model(path, step, device).model
+            nats = score(model, loaded.tokenizer.eot, ids, context, stride, f"{path}, step {step}")
             totals[path] = np.column_stack([nats, sizes])  # (D, 3)
             steps[step] = {name: summary(totals[path][of]) for name, of in groups.items()}
             bits = cell(steps[step]["all"], "bits_per_byte", ".4f")
             print(f"{path}, step {step}: {bits} bits per byte over all")
         results[path] = {"data": config.data, "context": context, "stride": stride, "steps": steps}
-        if path != words[0]:  # both at their last step
-            results[path]["difference"] = {"from": words[0]} | {
-                name: summary(totals[path][of], totals[words[0]][of]) for name, of in groups.items()}
+        if path != paths[0]:  # both at their last step
+            results[path]["difference"] = {"from": paths[0]} | {
+                name: difference(totals[path][of], totals[paths[0]][of]) for name, of in groups.items()}
     print(f"{config.data}: at most {context} tokens of context, windows {stride} apart; [95% over documents]")
     for path, result in results.items():
         print(f"\n{path}\n{table(result)}")
-    out = config.out or words[0]
+    out = config.out or paths[0]
     for folder, content in ({out: results} if config.out else results).items():
         write_atomic(f"{folder}/eval_lm.json", json.dumps(content, indent=2))
     figures.save(figures.lm_bars(results), f"{out}/eval_lm.png")

@@ -4,10 +4,11 @@
     python eval_ner.py out/11m config/ner_paper.py --uner_dir=folder/of/iob2/files --seeds=3 --mode=head
 
 Each model is tuned on the training sets, head-only (a linear layer on frozen features) and in full, then
-tested on every set, beside all O, and random weights in the first model's shape. A seed is of the head, the
-order of the sentences and the draw of `shots`. Results are kept in a model's ner/, and tuned heads: one more
-test set tunes anew in full mode only. Unlike in the paper (arxiv.org/abs/2311.09122) a word is tagged at its
-last subword (`label_at`), where a causal model has read it, or in a second copy of the sentence (`twice`).
+tested on every set, beside all O, and random weights in the first model's shape. A seed sets the head's
+start, the order of the sentences and the choice of `shots`. A model's folder ner/ keeps results and tuned
+heads: a new test set then needs new tuning in full mode only. Unlike in the paper (arxiv.org/abs/2311.09122)
+a word is tagged at its last subword (`label_at`), where a causal model has read it, or in a second copy of
+the text (`twice`).
 """
 import copy
 import json
@@ -23,7 +24,7 @@ from typing import Literal
 from urllib.request import urlopen
 
 from plumbing import figures, settings  # before torch: Ctrl-C is quiet soon
-from plumbing.files import ROOT, fail, read_json, reading, write_atomic
+from plumbing.files import ROOT, attempt, fail, read_json, write_atomic
 from plumbing.settings import Count, Positive, Whole
 
 import numpy as np
@@ -74,7 +75,8 @@ class Config:
 def read_iob2(path):
     """The sentences of a file that has a line for each word and a blank line after each sentence."""
     sentences = []
-    with reading(path, "the line of a word holds index, word, tag, - and annotator, with tabs between"):
+    remedy = "the line of a word holds index, word, tag, - and annotator, with tabs between"
+    with attempt(f"read {path}", remedy):
         for block in re.split(r"\n *\n", Path(path).read_text("utf-8-sig")):
             rows = [line.split("\t") for line in block.split("\n") if line.strip(" ") and line[0] != "#"]
             if rows:
@@ -92,7 +94,8 @@ def read_sets(config, wanted, known, splits):
         paths = [folder / f"{name}-ud-{split}.iob2" for split in splits]
         for path in [path for path in paths if name in SETS and not (path.exists() or config.uner_dir)]:
             url = f"https://raw.githubusercontent.com/UniversalNER/UNER_{SETS[name]}/HEAD/{path.name}"
-            with reading(url, f"put it into {folder} yourself, or take what is there: --uner_dir={folder}"):
+            remedy = f"put it into {folder} yourself, or take what is there: --uner_dir={folder}"
+            with attempt(f"fetch {url}", remedy):
                 write_atomic(path, urlopen(url, timeout=30).read())
         if all(path.exists() for path in paths):
             sets[name] = list(map(read_iob2, paths))
@@ -257,11 +260,12 @@ def evaluate(config, folder, label, loaded, data):
         kept = read_json(path, "delete it and give the command again") if path.exists() else {"sets": {}}
         names = {f"{name} {digest(of_set)}": name for name, of_set in test_rows.items()}  # as they are kept
         if missing := names.keys() - kept["sets"]:
-            tuned = copy.deepcopy(model)
-            read = partial(word_features, tuned) if mode == "full" else read_frozen
-            backbone = [p for p in tuned.parameters() if mode == "full" and p is not tuned.unembedding.weight]
-            d_model = model.config.d_model
-            if backbone or "head" not in kept:  # a whole tuned model is too large to keep
+            read, backbone, d_model = read_frozen, [], model.config.d_model
+            if mode == "full":  # too large to keep, and so tuned again for a new test set
+                tuned = copy.deepcopy(model)
+                read = partial(word_features, tuned)
+                backbone = [p for p in tuned.parameters() if p is not tuned.unembedding.weight]
+            if mode == "full" or "head" not in kept:
                 head, kept["dev_f1"], kept["epoch"] = tune(
                     config, read, backbone, d_model, rows, dev_rows, dev, seed)
                 kept["head"] = {name: p.tolist() for name, p in head.state_dict().items()}
@@ -301,17 +305,17 @@ def table(systems, tests):
     return rows
 
 def main(argv=None):
-    config, words = settings.load(Config, __doc__, argv=argv)
+    config, paths = settings.load(Config, __doc__, argv=argv)
     config.device = choose_device(config.device).type
-    models = load_models(words, None if config.step == -1 else config.step, config.device)
-    first, data = models[words[0]], load_sets(config)
+    models = load_models(paths, config.step, config.device)
+    first, data = models[paths[0]], load_sets(config)
     torch.manual_seed(0)
     untrained = first._replace(model=Llama(first.model.config).to(config.device))
-    systems = {"random weights": evaluate(config, words[0], "random", untrained, data)}
-    systems |= {word: evaluate(config, word, f"step{loaded.step}", loaded, data)
-                for word, loaded in models.items()}
+    systems = {"random weights": evaluate(config, paths[0], "random", untrained, data)}
+    systems |= {path: evaluate(config, path, f"step{loaded.step}", loaded, data)
+                for path, loaded in models.items()}
     name = f"ner_{config.train.replace(',', '+')}_{config.mode}"
-    rows, path = table(systems, data[2]), f"{config.out or words[0]}/{name}"
+    rows, path = table(systems, data[2]), f"{config.out or paths[0]}/{name}"
     write_atomic(f"{path}.json", json.dumps({"settings": asdict(config), "table": rows}, indent=1))
     figures.save(figures.ner_heat_map(rows, f"Universal NER, tuned on {config.train}"), f"{path}.png")
     columns = "mode,set,entities,system,f1,deviation,interval,p,strict precision,strict recall,conlleval f1"

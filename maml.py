@@ -6,11 +6,15 @@ Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `ad
 
 * As a rule only a small head on top of fixed features adapts (ANIL, https://arxiv.org/abs/1909.09157). The
   backbone then reads each window once, for all episodes at once: `episode_loss`. With another `--target` it
-  runs in each inner step, one episode at a time: `episode_loss_through`.
+  runs in each inner step, one episode at a time: `episode_loss_through_model`.
 * The last layer of the head is initialised to zero, so that the first loss is ln N. Training then moves it;
   evaluations set it to zero again (`fresh_head`).
 * Features are divided by sqrt(d). Those of a final RMSNorm then have a length of about 1, and one inner
   learning rate serves every width.
+
+    head = init_head(d_model, n_way=4)
+    loss, metrics = episode_loss(head, support, labels, query, labels, lr=2.5, steps=10)
+    loss.backward()  # of features support and query, (E, M, d), and labels (E, M) in 0..3
 
 This file deals in features, labels and dicts of tensors. Of the model it uses names of parameters, `blocks`
 and `features_at`; what the windows hold does not matter to it.
@@ -60,11 +64,10 @@ def head_logits(params, features):
     return F.linear(features, params[f"{last}.weight"], params[f"{last}.bias"])  # (..., N)
 
 def word_heads(head, words):
-    """The heads of E episodes, cut from one with an output per vocabulary id: N outputs, a leading E.
+    """The heads of E episodes, out of one head that has an output for each token id: a leading E, N outputs.
 
-    For the multi-task control (inner_steps=0): the same questions as plain classification. It does not adapt
-    to labels that are dealt out anew, so each word has an output of its own. words (E, N): vocabulary ids in
-    label order.
+    For the multi-task control (inner_steps=0), which classifies words without adapting to labels: each word
+    has an output of its own. words (E, N): token ids in label order.
     """
     last = f"{last_layer(head)}."
     return {name: p[words] if name.startswith(last) else p.expand(len(words), *p.shape)
@@ -74,8 +77,12 @@ def word_heads(head, words):
 # What adapts besides the head
 
 TARGETS = {  # target -> beginnings of the names of its parameters within a block; embeddings never adapt
-    "head": [], "attention": ["attention."], "mlp": ["mlp."], "attention+mlp": ["attention.", "mlp."],
-    "norms": ["attention_norm.", "mlp_norm."], "all": [""]}
+    "head": [],
+    "attention": ["attention."],
+    "mlp": ["mlp."],
+    "attention+mlp": ["attention.", "mlp."],
+    "norms": ["attention_norm.", "mlp_norm."],
+    "all": [""]}
 
 class Reader(torch.nn.Module):
     """A model with `features_at` for its forward, since functional_call calls no other method."""
@@ -111,7 +118,7 @@ def adapt(loss_fn, params, batch, lr, steps, first_order=True):
     """
     rate = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
     for _ in range(steps):
-        with torch.no_grad() if first_order else nullcontext():  # torch.func.grad works in it, too
+        with torch.no_grad() if first_order else nullcontext():  # grad still works, and keeps no graph
             gradient = grad(loss_fn)(params, batch)
         # theta' = theta - alpha * grad_theta L(theta)
         params = {name: p - rate[name] * gradient[name] for name, p in params.items()}
@@ -125,7 +132,7 @@ def scaled(features, dtype=torch.float32):
     return features.to(dtype) * features.shape[-1] ** -0.5
 
 def adapted_loss(logits_fn, params, support, query, *, lr, steps, first_order=True):
-    """The query loss of one episode after adaptation to its support (nats), and numbers to log (detached).
+    """The query loss of one episode after adaptation to its support (nats), and metrics (detached).
 
     logits_fn: a function of (parameters, inputs) that gives (M, N). params: all that adapts, at its start.
     support, query: (inputs, labels (M,)), labels int64 in 0..N-1. Only logits_fn knows what the inputs are.
@@ -137,23 +144,23 @@ def adapted_loss(logits_fn, params, support, query, *, lr, steps, first_order=Tr
     # FORK HERE for another inner loss (its steps are in `adapt`). For other parameters, see the sign below.
     adapted = adapt(loss_fn, params, support, lr, steps, first_order)
     inputs, labels = query
-    answers = logits_fn(adapted, inputs)  # (M, N)
-    loss = F.cross_entropy(answers, labels)
+    logits = logits_fn(adapted, inputs)  # (M, N)
+    loss = F.cross_entropy(logits, labels)
     with torch.no_grad():
         before = logits_fn(params, inputs)
         support_before, support_after = logits_fn(params, support[0]), logits_fn(adapted, support[0])
-        numbers = {
+        metrics = {
             "meta_loss": loss.detach(),
             "support_loss_before": F.cross_entropy(support_before, support[1]),
             "query_loss_before": F.cross_entropy(before, labels),
             "support_acc": correct(support_after, support[1]).mean(),
-            "query_acc": correct(answers, labels),  # (M,), as the next; all others ()
+            "query_acc": correct(logits, labels),  # (M,), as the next; all others ()
             "query_acc_before": correct(before, labels),
             # what answering the commonest label scores: above chance only if labels are unbalanced, a fault
             "majority_acc": (labels[:, None] == labels).to(loss.dtype).mean(0).max(),
-            "chance": loss.new_full((), 1 / answers.shape[-1]),
+            "chance": loss.new_full((), 1 / logits.shape[-1]),
         }
-    return loss, numbers
+    return loss, metrics
 
 def correct(logits, labels):
     """(M,) 1 where the largest of a row of logits (M, N) is the label's (M,). A head of zeros answers 0."""
@@ -163,18 +170,18 @@ def standard_error(values, clusters):
     """Standard error of the mean of values (n,) that depend on each other within a cluster (n,), say a word.
 
     Residuals are summed within each of the G clusters, and the squares of the sums added up (Liang and Zeger
-    1986), times G / (G - 1): of one cluster it is not a number.
+    1986), times G / (G - 1). With a single cluster it is NaN.
     """
     clusters = clusters.unique(return_inverse=True)[1]
     sums = torch.zeros(clusters.max() + 1, dtype=values.dtype).index_add(0, clusters, values - values.mean())
     return (sums.square().sum() * len(sums) / (len(sums) - 1)).sqrt() / len(values)
 
 def episode_loss(head, support, support_labels, query, query_labels, *, lr, steps, first_order=True):
-    """The mean over E episodes of the query loss after the head has adapted to the support; numbers to log.
+    """The mean over E episodes of the query loss after the head has adapted to the support; metrics.
 
     head: initial weights, one dict for all episodes or one with a leading E on every tensor (`word_heads`).
     support, query: features as the backbone gives them, (E, N*K, d) and (E, N*Q, d), of any float dtype.
-    The loss, in nats, is differentiable in head and query, at second order in support too. The numbers are
+    The loss, in nats, is differentiable in head and query, at second order in support too. The metrics are
     detached, (E,) each or (E, N*Q).
     """
     def episode(head, support, query):  # support and query: features (M, d), labels (M,)
@@ -184,13 +191,14 @@ def episode_loss(head, support, support_labels, query, query_labels, *, lr, step
         dtype = head["0.bias"].dtype  # the inner loop runs in the dtype of the head, which is float32
         head_axis = 0 if head["0.bias"].ndim == 2 else None  # a head for each episode, or one for all
         support, query = (scaled(support, dtype), support_labels), (scaled(query, dtype), query_labels)
-        losses, numbers = vmap(episode, in_dims=(head_axis, 0, 0))(head, support, query)
-    return losses.mean(), numbers
+        losses, metrics = vmap(episode, in_dims=(head_axis, 0, 0))(head, support, query)
+    return losses.mean(), metrics
 
-def episode_loss_through(reader, adapting, head, e, *, head_lr, target_lr, steps, first_order=True, autocast):
+def episode_loss_through_model(reader, adapting, head, tasks, *, head_lr, target_lr, steps, first_order=True,
+                               autocast):
     """`episode_loss` where parts of the model adapt too: it runs in each inner step, episode by episode.
 
-    reader, adapting: as `inner_target` gives them. head: as `init_head` does. e: windows "support" and
+    reader, adapting: as `inner_target` gives them. head: as `init_head` does. tasks: windows "support" and
     "query" (E, M, L), the positions to read "support_pos" and "query_pos" (E, M), and "support_labels" and
     "query_labels" (E, M). autocast: a context for the model alone.
     """
@@ -210,10 +218,10 @@ def episode_loss_through(reader, adapting, head, e, *, head_lr, target_lr, steps
     kernel = nullcontext() if first_order else sdpa_kernel(SDPBackend.MATH)
     results = []
     with torch.compiler.set_stance("force_eager"), kernel:
-        for i in range(len(e["support"])):
-            support, query = (((e[name][i], e[f"{name}_pos"][i]), e[f"{name}_labels"][i])
-                              for name in ("support", "query"))
+        for i in range(len(tasks["support"])):
+            support, query = (((tasks[part][i], tasks[f"{part}_pos"][i]), tasks[f"{part}_labels"][i])
+                              for part in ("support", "query"))
             results.append(adapted_loss(logits, start, support, query, lr=rates, steps=steps,
                                         first_order=first_order))
-    losses, numbers = zip(*results, strict=True)
-    return torch.stack(losses).mean(), {key: torch.stack([n[key] for n in numbers]) for key in numbers[0]}
+    losses, metrics = zip(*results, strict=True)
+    return torch.stack(losses).mean(), {key: torch.stack([m[key] for m in metrics]) for key in metrics[0]}

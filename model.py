@@ -5,10 +5,10 @@ RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), grouped-qu
 embedding and unembedding untied. With equal weights its logits are those of Hugging Face's LlamaForCausalLM.
 
 One departure from the textbook: `features`, the final hidden states, is a method of its own. Few-shot
-episodes read a classification head off the features and have no use for the logits of a language model.
+episodes put a classification head on the features and need no logits of a language model.
 
-Letters in shape comments: B rows, T positions, C = d_model, H query heads, K key/value heads, D = C / H,
-V vocabulary.
+Letters in shape comments: B sequences (rows), T positions, C = d_model, H query heads, K key/value heads,
+D = C / H, V vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -72,15 +72,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.d_model, bias=False)
 
-    def forward(self, x, cos, sin, cache=None):
-        B, T, C = x.shape
+    def qkv(self, x, cos, sin):
+        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C), with rotary positions."""
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache:  # keys and values of the positions before these
-            k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
-        if cache is not None:
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x, cos, sin)
+        if cache is not None:  # in `generate`
+            if cache:  # keys and values of the positions before these
+                k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
             cache.update(k=k, v=v)
         y = attend(q, k, v)  # (B, H, T, D), causal: head h reads key/value head h // (H / K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -131,20 +136,18 @@ class Llama(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draw all weights anew (GPT-2's scheme, Radford et al. 2019). Logits are small: the loss is ln V."""
+        """Draw all matrices (GPT-2's scheme, Radford et al. 2019). Logits are small: the loss is ln V."""
         std = 0.02
-        residual_std = std / math.sqrt(2 * self.config.n_layers)  # of 2 n_layers matrices that add up
+        residual_std = std / math.sqrt(2 * self.config.n_layers)  # 2 n_layers matrices add to the stream
         nn.init.normal_(self.embedding.weight, std=std)
+        # Normalised features have length sqrt(C), so that logits spread by at most 0.5.
         nn.init.normal_(self.unembedding.weight, std=min(std, 0.5 / math.sqrt(self.config.d_model)))
         for block in self.blocks:
             attention, mlp = block.attention, block.mlp
-            for reads in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate, mlp.up):
-                nn.init.normal_(reads.weight, std=std)
-            for writes in (attention.o_proj, mlp.down):
-                nn.init.normal_(writes.weight, std=residual_std)
-            for norm in (block.attention_norm, block.mlp_norm):
-                nn.init.ones_(norm.weight)
-        nn.init.ones_(self.norm.weight)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate, mlp.up):
+                nn.init.normal_(linear.weight, std=std)
+            for linear in (attention.o_proj, mlp.down):  # these write to the residual stream
+                nn.init.normal_(linear.weight, std=residual_std)
 
     def features(self, idx, caches=None, first=0):
         """Final hidden states (B, T, C), after the last norm, of the token ids idx (B, T).
@@ -215,9 +218,6 @@ class Llama(nn.Module):
         attention = self.config.n_layers * 2 * 2 * self.config.d_model * (T + 1) / 2
         return (2 * weights + attention) * (3 if backward else 1)
 
-    def compile_parts(self):
-        compile_parts(self)  # see the end of the file
-
 # --------------------------------------------------------------------------------------------------
 # Speed. The last line of `attend` is all that attention needs; the rest only makes it faster. A CPU's fused
 # kernel is slow with heads this narrow; the compiler makes better loops of plain arithmetic. A GPU's fused
@@ -229,7 +229,7 @@ def attend(q, k, v):
     """Causal softmax(q k^T / sqrt(D)) v of q (B, H, T, D) and k, v (B, K, S, D); S = T, or T = 1."""
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu":
-            if torch.compiler.is_compiling() and q.size(2) == k.size(2) <= 512:  # more keep too many scores
+            if torch.compiler.is_compiling() and q.size(2) == k.size(2) <= 512:  # too many scores beyond
                 return causal_attention(q, k, v)
             q, k, v = q.float(), k.float(), v.float()  # here about three times as fast as bfloat16
         elif not GROUPED or q.dtype == torch.float32:

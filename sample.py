@@ -26,14 +26,14 @@ class Config:
 
 RULES = [(lambda c: c.temperature == 0 or c.temperature >= 1e-3, "temperature must be 0 or at least 0.001")]
 
-config, words = settings.load(Config, __doc__, RULES)
-if len(words) != 1:
+config, paths = settings.load(Config, __doc__, RULES)
+if len(paths) != 1:
     fail("name one run folder: python sample.py out/<run>")
-loaded = load_model(words[0], None if config.step == -1 else config.step)
+loaded = load_model(paths[0], config.step)
 eot = loaded.tokenizer.eot
 prompt = [eot, *loaded.tokenizer.encode_ordinary(config.prompt)]  # the model has seen each document after one
 generator = torch.Generator().manual_seed(config.seed)
-print(f"{words[0]}, step {loaded.step}")
+print(f"{paths[0]}, step {loaded.step}")
 for _ in range(config.n_samples):
     idx = torch.tensor([prompt])
     idx = loaded.model.generate(idx, config.n_tokens, config.temperature, config.top_k or None, generator)

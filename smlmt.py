@@ -3,7 +3,7 @@ EMNLP, 2020.emnlp-main.38).
 
 Choose N words. For each, find K + Q places in the text where it stands, and mask it there. K of these
 windows, the support, are shown with the answer; the other Q, the query, ask for it. The answer is not the
-word but a label 0..N-1, dealt out anew in every task (episode). So there is nothing to remember from one task
+word but a label 0..N-1, permuted anew in every task (episode). So there is nothing to remember from one task
 to the next. What can be learnt over many of them is how to learn a word from K examples.
 
 What a Sampler makes of a text of six words (limits on length and frequency aside):
@@ -11,8 +11,8 @@ What a Sampler makes of a text of six words (limits on length and frequency asid
     tokens    The| potter| fires| clay|.| Clay| hard|ens|.
     chunks    The| potter| fires| clay|.| Clay| hardens|.    a cut between chunks cuts no word
     forms     potter, fires, clay    words that are one token, with its leading space: only these are masked
-    windows   The potter fires _____    and    . _____    of clay. Each holds its word once, in any case,
-              so that the second begins after the first clay
+    windows   The potter fires _____    and    . _____    of clay. Each holds its word once, in upper or
+              lower case: so the second begins after the first clay
     groups    both windows are one group, because they stand in one document: an episode uses one at most
 
 Departures from the paper: a window holds its word once, and so has one mask; support and query windows of a
@@ -30,12 +30,12 @@ import numpy as np
 
 MIN_WINDOW = 16    # tokens, the mask among them: with fewer there is too little to go by
 FAR = 2048         # least number of tokens between two windows of a word that occurs in too few documents
-STRETCHES = 64     # of the corpus that make up a pool
+STRETCHES = 64     # a pool is made of so many stretches of the corpus
 POOL_STEPS = 1000  # steps between two pools, where the corpus is larger than one
 
 @dataclass(frozen=True)
 class Episode:
-    """One task of N words, K support and Q query windows each. The rows of a label are neighbours."""
+    """One task of N words, K support and Q query windows each. Rows of the same label stand together."""
     support: np.ndarray         # (N*K, L) token ids: text, <|mask|> for the word, end-of-text as padding
     support_labels: np.ndarray  # (N*K,) 0..N-1
     support_pos: np.ndarray     # (N*K,) the column where the features are read
@@ -46,22 +46,22 @@ class Episode:
     far_share: float            # share of the words whose support and query have no document in common
 
 def words_of(text):
-    """The longest runs of letters, case folded: "The np.array's" has the, np, array and s."""
+    """The runs of letters in a text, casefolded: "The np.array's" has the, np, array and s."""
     return [word.casefold() for word in "".join(c if c.isalpha() else " " for c in text).split()]
 
 def is_heldout(word):
     """Whether a word is in the tenth that training never asks about: the same for all corpora and seeds."""
     return zlib.crc32(word.encode()) % 10 == 0
 
-def generator(seed, *index):
-    """A generator that depends on (seed, *index) alone, ints or tuples of ints."""
+def make_rng(seed, *index):
+    """A random number generator that depends on (seed, *index) alone, ints or tuples of ints."""
     numbers = []
     for part in (seed, *index):
         part = part if isinstance(part, tuple) else (part,)
         numbers += [len(part), *map(int, part)]  # the length too: to NumPy (1,) and (1, 0) are the same seed
     return np.random.default_rng(numbers)
 
-def distinct(rng, sizes, k):
+def draw_distinct(rng, sizes, k):
     """k different integers below each of `sizes` (n,), in random order: (n, k). Floyd, CACM 30(9), 1987."""
     chosen = np.empty((len(sizes), k), np.int64)
     for i in range(k):
@@ -71,63 +71,9 @@ def distinct(rng, sizes, k):
         chosen[:, i] = np.where(taken, last, guess)
     return rng.permuted(chosen, axis=1)
 
-def changes(*columns):
+def is_new_run(*columns):
     """(n,) bool: where a row differs from the one before it in any of the columns (n,), integers >= 0."""
     return np.any([np.diff(column, prepend=-1) != 0 for column in columns], axis=0)
-
-# --------------------------------------------------------------------------------------------------
-# Pools: a text that may be larger than memory, a part at a time
-
-def pool(tokens, pool_tokens, seed, refresh, *, eot):
-    """The text that a Sampler works on from one refresh to the next, as an array in memory.
-
-    All of `tokens` if these are no more than `pool_tokens`, else about that many, chosen by `seed` (int or
-    tuple of ints) and `refresh` alone. The corpus is divided into equal stretches, of which STRETCHES are
-    drawn. A stretch stands for the documents that start in it: they come whole, and all can be reached.
-    """
-    if len(tokens) <= pool_tokens:
-        return np.array(tokens)
-
-    def next_document(i, block=2**16):  # where the first document at or after token i starts
-        if i == 0:
-            return 0
-        for before in range(i - 1, len(tokens), block):
-            if len(ends := np.flatnonzero(tokens[before : before + block] == eot)):
-                return before + 1 + int(ends[0])
-        return len(tokens)
-
-    size = max(1, pool_tokens // STRETCHES)
-    starts = np.arange(0, len(tokens), size)
-    starts = np.sort(generator(seed, refresh).choice(starts, STRETCHES, replace=False)).tolist()
-    text = np.concatenate([tokens[next_document(i) : next_document(i + size)] for i in starts])
-    if len(text) == 0:
-        raise ValueError(f"pool_tokens={pool_tokens}: no document starts in what was drawn; raise it")
-    return text
-
-class Pools:
-    """Samplers (with `options`) over a text of any size: one pool at a time, anew every POOL_STEPS steps."""
-
-    def __init__(self, tokens, token_bytes, *, pool_tokens, pool_seed, eot, **options):
-        self.tokens, self.token_bytes, self.eot, self.options = tokens, token_bytes, eot, options
-        self.pool_tokens, self.pool_seed = pool_tokens, pool_seed
-        self.number, self.latest = None, None  # of the pool in memory; its Sampler
-
-    def sampler(self, step):
-        """The Sampler of this step, made when first needed. A text that fits is one pool for all steps."""
-        number = 0 if len(self.tokens) <= self.pool_tokens else step // POOL_STEPS
-        if number != self.number:
-            text = pool(self.tokens, self.pool_tokens, self.pool_seed, number, eot=self.eot)
-            self.latest = Sampler(text, self.token_bytes, eot=self.eot, **self.options)
-            self.number = number
-        return self.latest
-
-    def problem(self, heldout=False):
-        """Why the first pool gives no episode (of held-out words), in one line; empty if it gives one."""
-        try:
-            self.sampler(0).episode(0, heldout)
-        except ValueError as error:
-            return str(error)
-        return ""
 
 # --------------------------------------------------------------------------------------------------
 # The sampler
@@ -135,7 +81,7 @@ class Pools:
 class Vocabulary:
     """Tables by token id, `size` entries each: which begin or end with a letter, and which are forms.
 
-    A form is a casefolded word that is one token with its leading space. Forms have numbers, too.
+    A form is a casefolded word that is one token with its leading space. Forms are numbered from 0.
     """
 
     def __init__(self, token_bytes, size):
@@ -148,7 +94,7 @@ class Vocabulary:
 
         self.letter_first = np.array([is_letter(text[:1]) for text in texts])  # bool
         self.letter_last = np.array([is_letter(text[-1:]) for text in texts])
-        self.several = np.array([len(of_token) > 1 for of_token in words])  # bool: it holds several words
+        self.has_several_words = np.array([len(of_token) > 1 for of_token in words])  # bool
         self.is_form = np.array([text[:1] == " " and text[1:].isalpha() for text in texts])  # bool: " word"
         ids = {}  # form -> its token id: of " the" and " The" the lower one, in BPE the commoner
         for i in np.flatnonzero(self.is_form).tolist():
@@ -198,12 +144,12 @@ class Sampler:
         whole (m,)   whether the chunk is just " word" and so can be masked
         """
         tokens, v = self.tokens, vocabulary
-        goes_on = v.letter_last[tokens[:-1]] & v.letter_first[tokens[1:]]  # (n-1,) a word goes on after it
-        starts = np.concatenate([[0], np.flatnonzero(~goes_on) + 1, [len(tokens)]])
+        joined = v.letter_last[tokens[:-1]] & v.letter_first[tokens[1:]]  # (n-1,) a word goes on in the next
+        starts = np.concatenate([[0], np.flatnonzero(~joined) + 1, [len(tokens)]])
 
         # Nearly all chunks are one token with one word or none. These are looked up, all at once.
         first = tokens[starts[:-1]]  # (c-1,)
-        single = (np.diff(starts) == 1) & ~v.several[first]
+        single = (np.diff(starts) == 1) & ~v.has_several_words[first]
         with_form = np.flatnonzero(single & (v.form_of[first] >= 0))
         place, token = starts[with_form], first[with_form]
         form, whole = v.form_of[token], v.is_form[token]
@@ -243,7 +189,7 @@ class Sampler:
 
         # A window reaches as far as episode_len and its document allow, but not to the word's neighbouring
         # places. Its ends are starts of chunks, so that it cuts no word.
-        new_form = changes(form)
+        new_form = is_new_run(form)
         previous = np.where(new_form, -1, np.roll(place, 1))
         following = np.where(np.roll(new_form, -1), n, np.roll(place, -1))
         after = L // 4 if self.readout == "last" else 0
@@ -265,17 +211,18 @@ class Sampler:
         """
         w, n_forms = self.windows, len(self.ids)
         windows_per_word = self.k_shot + self.q_query
-        documents = np.bincount(w.form[changes(w.form, w.doc)], minlength=n_forms)  # with windows of a form
+        documents = np.bincount(w.form[is_new_run(w.form, w.doc)], minlength=n_forms)  # (forms,)
         cell = (w.place - w.doc_start) // (FAR + self.episode_len)
         cell = np.where((documents < windows_per_word)[w.form], cell, 0)
         even = cell % 2 == 0
         self.windows, cell = w[even], cell[even]
-        new_group = changes(self.windows.form, self.windows.doc, cell)
+        new_group = is_new_run(self.windows.form, self.windows.doc, cell)
         self.group_start = np.flatnonzero(new_group)  # (groups,) into self.windows
         self.group_size = np.diff(self.group_start, append=len(cell))
         self.n_groups = np.bincount(self.windows.form[new_group], minlength=n_forms)  # (forms,)
         self.first_group = np.cumsum(self.n_groups) - self.n_groups
         enough = self.n_groups >= windows_per_word
+        # Words that episodes can ask about: those of training (False), and those held out (True).
         self.words = {False: np.flatnonzero(enough & ~heldout), True: np.flatnonzero(enough & heldout)}
 
     def episode(self, index, heldout=False):
@@ -289,9 +236,9 @@ class Sampler:
             raise ValueError(f"n_way={N}, but only {len(words)} {kind} words have {K} + {Q} windows that are "
                              "far enough apart; lower n_way, k_shot, q_query or word_min_count, raise "
                              "word_max_count or pool_tokens")
-        rng = generator(self.seed, index, int(heldout))
+        rng = make_rng(self.seed, index, int(heldout))
         form = rng.choice(words, N, replace=False)  # in random order: position is label
-        group = self.first_group[form, None] + distinct(rng, self.n_groups[form], K + Q)  # (N, K+Q)
+        group = self.first_group[form, None] + draw_distinct(rng, self.n_groups[form], K + Q)  # (N, K+Q)
         windows = self.windows[self.group_start[group] + rng.integers(self.group_size[group])]  # (N, K+Q)
         support, query = windows[:, :K, None], windows[:, None, K:]
         other_doc = support.doc != query.doc  # (N, K, Q)
@@ -324,30 +271,87 @@ def inline(vocabulary, rows, rng, n_episodes, *, n_way, k_shot, q_query):
     """E tasks whose windows are prefixes of a batch's own rows: which of N words comes next?
 
     A causal model's features at a token have not seen the next one. So the tasks need no mask, and no forward
-    pass of their own. Asked for are words of training that occur K + Q times in rows (B, T + 1). Returns how
-    many there are and, if they are at least N, E tasks: a dict whose keys are fields of an Episode. Its
+    pass of their own. They ask for training words that occur at least K + Q times in rows (B, T + 1). Returns
+    how many such words there are and, if at least N, E tasks: a dict whose keys are fields of an Episode. Its
     support (E, N*K) and query (E, N*Q) are places to read: b T + t for the features of token t in row b.
     Unlike an Episode's, the windows of a word may overlap, and may have the word in them.
     """
     v, (B, width) = vocabulary, rows.shape
     form = v.form_of[rows[:, 1:-1]]  # (B, T - 1) the word that comes next, or -1
-    asked = v.is_form[rows[:, 1:-1]] & ~v.letter_first[rows[:, 2:]] & ~v.heldout[form]  # and ends there
-    place = (np.arange(B)[:, None] * (width - 1) + np.arange(width - 2))[asked]  # (m,)
-    count = np.bincount(form[asked], minlength=len(v.ids))
+    candidate = v.is_form[rows[:, 1:-1]] & ~v.letter_first[rows[:, 2:]] & ~v.heldout[form]  # a whole word
+    place = (np.arange(B)[:, None] * (width - 1) + np.arange(width - 2))[candidate]  # (m,)
+    count = np.bincount(form[candidate], minlength=len(v.ids))
     first = np.cumsum(count) - count  # of each word, among the places in order of their words
-    place = place[np.argsort(form[asked], kind="stable")]
+    place = place[np.argsort(form[candidate], kind="stable")]
     words = np.flatnonzero(count >= k_shot + q_query)
     if len(words) < n_way:
         return len(words), None
     chosen = np.stack([rng.choice(words, n_way, replace=False) for _ in range(n_episodes)])  # (E, N)
-    which = distinct(rng, count[chosen.ravel()], k_shot + q_query).reshape(n_episodes, n_way, -1)
-    place, label = place[first[chosen][..., None] + which], np.arange(n_way)  # (E, N, K + Q), (N,)
+    occurrence = draw_distinct(rng, count[chosen.ravel()], k_shot + q_query).reshape(n_episodes, n_way, -1)
+    place, label = place[first[chosen][..., None] + occurrence], np.arange(n_way)  # (E, N, K + Q), (N,)
     return len(words), {
         "words": v.ids[chosen],
         "support": place[..., :k_shot].reshape(n_episodes, -1),
         "query": place[..., k_shot:].reshape(n_episodes, -1),
         "support_labels": np.tile(label.repeat(k_shot), (n_episodes, 1)),
         "query_labels": np.tile(label.repeat(q_query), (n_episodes, 1))}
+
+# --------------------------------------------------------------------------------------------------
+# A text larger than memory, a part (pool) at a time
+
+def pool(tokens, pool_tokens, seed, refresh, *, eot):
+    """The text that a Sampler works on from one refresh to the next, as an array in memory.
+
+    All of `tokens` if these are no more than `pool_tokens`, else about that many, chosen by `seed` (int or
+    tuple of ints) and `refresh` alone. The corpus is divided into equal stretches, of which STRETCHES are
+    drawn. A stretch stands for the documents that start in it: they come whole, and all can be reached.
+    """
+    if len(tokens) <= pool_tokens:
+        return np.array(tokens)
+
+    def next_document(i, block=2**16):  # where the first document at or after token i starts
+        if i == 0:
+            return 0
+        for before in range(i - 1, len(tokens), block):
+            if len(ends := np.flatnonzero(tokens[before : before + block] == eot)):
+                return before + 1 + int(ends[0])
+        return len(tokens)
+
+    size = max(1, pool_tokens // STRETCHES)
+    starts = np.arange(0, len(tokens), size)
+    starts = np.sort(make_rng(seed, refresh).choice(starts, STRETCHES, replace=False)).tolist()
+    text = np.concatenate([tokens[next_document(i) : next_document(i + size)] for i in starts])
+    if len(text) == 0:
+        raise ValueError(f"pool_tokens={pool_tokens}: no document starts in what was drawn; raise it")
+    return text
+
+class Pools:
+    """Samplers (with `options`) over a text of any size: one pool at a time, anew every POOL_STEPS steps."""
+
+    def __init__(self, tokens, token_bytes, *, pool_tokens, pool_seed, eot, **options):
+        self.tokens, self.token_bytes, self.eot, self.options = tokens, token_bytes, eot, options
+        self.pool_tokens, self.pool_seed = pool_tokens, pool_seed
+        self.number, self.latest = None, None  # of the pool in memory; its Sampler
+
+    def sampler(self, step):
+        """The Sampler of this step, made when first needed. A text that fits is one pool for all steps."""
+        number = 0 if len(self.tokens) <= self.pool_tokens else step // POOL_STEPS
+        if number != self.number:
+            text = pool(self.tokens, self.pool_tokens, self.pool_seed, number, eot=self.eot)
+            self.latest = Sampler(text, self.token_bytes, eot=self.eot, **self.options)
+            self.number = number
+        return self.latest
+
+    def problem(self, heldout=False):
+        """Why the first pool gives no episode (of held-out words), in one line; empty if it gives one."""
+        try:
+            self.sampler(0).episode(0, heldout)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+# --------------------------------------------------------------------------------------------------
+# A task to look at
 
 def show(episode, token_bytes, eot, mask):
     """An episode as text to print: examples with their labels, questions in another order, answers."""
@@ -374,10 +378,10 @@ def main():
     import sys
 
     from plumbing.corpus import load_corpus
-    from plumbing.files import ROOT, reading
+    from plumbing.files import ROOT, attempt
     folder = sys.argv[1] if len(sys.argv) > 1 else ROOT / "data" / "docstrings"
     corpus = load_corpus(folder)
-    with reading(f"a task from {folder}", "take a larger corpus"):
+    with attempt(f"draw a task from {folder}", "take a larger corpus"):
         pools = Pools(corpus.train, corpus.token_bytes, pool_tokens=2_000_000, pool_seed=0, eot=corpus.eot,
                       mask=corpus.mask, n_way=4, k_shot=2, q_query=1, episode_len=32)
         episode = pools.sampler(0).episode(0)

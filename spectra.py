@@ -1,6 +1,6 @@
-"""The inner life of a run: effective ranks and attention entropies, and a signal when a rank collapses.
+"""Effective rank and attention entropy during training, and a detector of rank collapse.
 
-    python spectra.py out/maml out/vanilla --x=lm_tokens     # tables, figures, and which arm was sooner
+    python spectra.py out/maml out/vanilla --x=lm_tokens     # tables, figures, and times to equal loss
     python spectra.py FOLDER --corpus=data/llama             # the numbers of anybody's Llama
 
 The effective rank of a matrix (Roy and Vetterli 2007) is exp(H(p)), where p are its singular values divided
@@ -17,11 +17,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 # ----------------------------------------------------------------------------------------------------
 # Effective rank and attention entropy
@@ -94,11 +92,14 @@ def head_entropy(q, k):
 @torch.no_grad()
 def attention_entropy(model, idx):
     """Entropy of each head's attention on token ids idx (B, T), as a share of the largest: (L, H)."""
-    entropy, attend = [], F.scaled_dot_product_attention
-    def watched(q, k, *rest, **options):  # queries and keys as the model made them, with rotary positions
+    entropy = []
+    def watch(attention, inputs):
+        x, cos, sin, _ = inputs
+        q, k, _ = attention.qkv(x, cos, sin)
         entropy.append(head_entropy(q, k).numpy())
-        return attend(q, k, *rest, **options)
-    with torch.compiler.set_stance("force_eager"), mock.patch.object(F, attend.__name__, watched):
+    with torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.enter_context(block.attention.register_forward_pre_hook(watch))
         model.features(idx)
     return np.stack(entropy)
 
@@ -142,16 +143,16 @@ def measure(model, idx, targets=None, complain=print):
     return measured
 
 def summary(measured):
-    """The numbers for a log, where finite: PER by role, of activations and attention entropy by layer."""
-    numbers = {}
+    """The metrics for a log, where finite: PER by role, of activations and attention entropy by layer."""
+    metrics = {}
     for name, values in measured.items():
         if name == "entropy":
-            numbers |= {f"entropy/{layer}": heads for layer, heads in enumerate(values)}
+            metrics |= {f"entropy/{layer}": heads for layer, heads in enumerate(values)}
         elif name != "loss":
             shares = rank_of(values) / values.shape[-1]  # (L,) or (L, H)
             by_layer = {f"per/activations/{layer}": shares[[layer]] for layer in range(len(shares))}
-            numbers |= by_layer if name == "activations" else {f"per/{name}": shares}
-    finite = {name: shares[np.isfinite(shares)] for name, shares in numbers.items()}
+            metrics |= by_layer if name == "activations" else {f"per/{name}": shares}
+    finite = {name: shares[np.isfinite(shares)] for name, shares in metrics.items()}
     return {name: float(shares.mean()) for name, shares in finite.items() if shares.size}
 
 # ----------------------------------------------------------------------------------------------------
@@ -160,23 +161,24 @@ def summary(measured):
 SIGNAL = "per/weights/down"  # depends on no batch, and scatters little
 WIDTH, BEFORE, AFTER = 10, slice(0, 4), slice(6, 10)  # evaluations of a window; those before and after a drop
 # STEP_WEIGHTS @ window is the height of its step, by least squares; the gap has no weight. SPREAD is the
-# standard deviation of that height in a random walk of unit increments: one moves all that follows it.
-t = np.r_[BEFORE, AFTER]
-STEP_WEIGHTS = np.insert(np.linalg.pinv(np.stack([t**0, t, t >= 6], axis=1))[2], 4, [0, 0])
+# standard deviation of that height in a random walk of unit increments: one shifts all later values.
+times = np.r_[BEFORE, AFTER]
+STEP_WEIGHTS = np.insert(np.linalg.pinv(np.stack([times**0, times, times >= 6], axis=1))[2], 4, [0, 0])
 SPREAD = math.sqrt((STEP_WEIGHTS[::-1].cumsum()[:-1] ** 2).sum())
 
 def collapse(values):
     """The first sustained drop in a sequence: (index after the fall, share of the level before), or None.
 
     A window of ten values is fitted by a line plus a step between its first four and its last four. It counts
-    if the last all lie below the first, by 5% of their level and by 3.5 times the scatter of the step in a
-    random walk with the increments so far. Of simulated curves without a drop at most 5% have an alarm. A
-    drop of 20% is found in 9 of 10 curves of 24 values that scatter by 1%, one of 10% in 8 of 10 by 0.2%.
+    if each of the last four lies below each of the first, and the step exceeds 5% of their level and 3.5
+    times its standard deviation in a random walk with the increments so far. Of simulated curves without a
+    drop at most 5% have an alarm. A drop of 20% is found in 9 of 10 curves of 24 values that scatter by 1%,
+    one of 10% in 8 of 10 that scatter by 0.2%.
     """
     values = np.asarray(values, np.float64)
     for end in range(WIDTH + 2, len(values) + 1):
         increments, window = np.diff(values[:end]), values[end - WIDTH : end]
-        noise = 1.4826 * np.median(np.abs(increments - np.median(increments)))  # their standard deviation
+        noise = 1.4826 * np.median(np.abs(increments - np.median(increments)))  # a robust deviation
         before, size = window[BEFORE], -(STEP_WEIGHTS @ window)
         least = max(0.05 * before.mean(), 3.5 * SPREAD * noise)
         if window[AFTER].max() < before.min() and size > least:
@@ -259,13 +261,13 @@ def sooner(*arms):
 
 def main():
     from plumbing import checkpoint, figures, files, settings
-    config, words = settings.load(Config, __doc__)
-    if not words:
+    config, paths = settings.load(Config, __doc__)
+    if not paths:
         files.fail("name run folders, out/<run>, single checkpoints, or models of others")
-    words = list(dict.fromkeys(map(os.path.normpath, words)))  # a run that is named twice is one seed
-    logs, out = {word: full_log(word, config) for word in words}, config.out or words[0]
-    trained = {word: files.read_json(f"{word}/config.json") for word in words
-               if os.path.exists(f"{word}/log.jsonl") or checkpoint.checkpoints(word)}
+    paths = list(dict.fromkeys(map(os.path.normpath, paths)))  # a run that is named twice is one seed
+    logs, out = {path: full_log(path, config) for path in paths}, config.out or paths[0]
+    trained = {path: files.read_json(f"{path}/config.json") for path in paths
+               if os.path.exists(f"{path}/log.jsonl") or checkpoint.checkpoints(path)}
     if trained or config.out:
         files.write_atomic(f"{out}/spectra.csv", table(logs))
     if not trained:
@@ -274,7 +276,7 @@ def main():
                  and len({str(made.get(key)) for made in trained.values()}) > 1]
     arms = {}  # runs that differ in nothing that matters are one arm
     for run, made in trained.items():
-        label = ", ".join(f"{key}={made.get(key)}" for key in different) or words[0]
+        label = ", ".join(f"{key}={made.get(key)}" for key in different) or paths[0]
         arms.setdefault(label, figures.Arm(label, [], made)).runs.append(logs[run])
         if drop := change_point(logs[run], SIGNAL, made["warmup_steps"]):
             print(f"{run}: {SIGNAL} fell by {drop['size']:.1%} at step {drop['at']}")

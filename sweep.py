@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 from threading import Event, Lock
 
-from plumbing.files import ROOT, fail, on_signals, read_json, reading, write_atomic
+from plumbing.files import ROOT, attempt, fail, on_signals, read_json, write_atomic
 from plumbing.settings import Count, load
 
 import numpy as np
@@ -277,7 +277,7 @@ def main():
     path, *grid = sorted(others, key=lambda word: word.startswith("-")) or [""]
     if not os.path.isfile(path):
         fail("name one file: a study, studies/<name>.py, or a configuration (see --help)")
-    with reading(path, "a study has base, arms and seeds: see --help"):
+    with attempt(f"read {path}", "a study has base, arms and seeds: see --help"):
         commands, baseline, evaluate = read_study(path, grid, config)
     if config.list:
         return print(*(shlex.join(["python", "train.py", *words]) for words in commands.values()), sep="\n")

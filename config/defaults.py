@@ -11,20 +11,20 @@ class Config:
     out_dir: str = "out/run"  # the run folder; each run has its own
     dataset: str = "docstrings"  # name of a prepared corpus; docstrings is built when it is missing
     data_dir: str = str(ROOT / "data")  # where the prepared corpora are
-    seed: Whole = 0  # of the initial weights and of everything that is drawn
+    seed: Whole = 0  # of the initial weights and of all random choices
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute; auto finds a GPU
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products (float32: TF32 on a GPU)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; float32 is TF32 on GPUs
     compile: bool = True  # torch.compile the block and the loss, where the machine has a compiler
     resume: bool = False  # continue from the newest checkpoint in out_dir
     wandb: bool = False  # also log to Weights & Biases; WANDB_MODE=offline keeps it for `wandb sync`
-    wandb_project: str = "nanomaml"  # under this project
+    wandb_project: str = "nanomaml"  # name of the Weights & Biases project
     # Model
     d_model: Count = 96  # width of the residual stream
     n_layers: Count = 12  # transformer blocks
     n_heads: Count = 12  # query heads
     n_kv_heads: Count = 4  # key/value heads
     d_ff: Count = 384  # hidden width of the SwiGLU
-    block_size: Count = 512  # tokens in a row
+    block_size: Count = 512  # tokens in a row, which is a training sequence
     # Optimization
     batch_size: Count = 64  # rows in a language-model step, over all processes
     micro_batch_size: Whole = 0  # rows at a time in a process; 0: all that fit in half a GPU's memory
@@ -36,7 +36,7 @@ class Config:
     grad_clip: Positive = 1.0  # largest norm of the gradient
     # Episodes
     mix: Literal["alternate", "joint", "inline"] = "alternate"  # a coin; both losses; both, on the same rows
-    meta_ratio: Share = 0.0  # share of meta steps (paper: 0.5); 0 is vanilla; any other in joint, inline
+    meta_ratio: Share = 0.0  # share of meta steps (paper: 0.5); 0 is vanilla. joint, inline: any above 0
     meta_weight: float = 0.1  # weight of the meta loss in joint and inline
     n_way: Count = 16  # words to tell apart in an episode
     k_shot: Count = 4  # support windows of each word
@@ -72,7 +72,7 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.n_heads % c.n_kv_heads == 0, "n_kv_heads must divide n_heads"),
     (lambda c: c.n_way >= 2, "n_way must be at least 2"),
     (lambda c: c.episode_len >= 16, "episode_len must be at least 16"),
-    (lambda c: c.inner_lr < 4, "inner_lr is for each way: what was 10 for 16 words is 0.625"),
+    (lambda c: c.inner_lr < 4, "inner_lr must be below 4; n_way multiplies it: 10 for 16 words is 0.625"),
     (lambda c: set(c.target_layers.split(",")) <= {"", *map(str, range(c.n_layers))},
      "target_layers are numbers of blocks below n_layers, as 0,1,5; empty is all"),
     (lambda c: c.target != "head" or not c.target_layers, "target_layers needs a target in the blocks"),

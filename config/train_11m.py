@@ -1,7 +1,7 @@
 """The 11M model: 96 wide, 12 layers, 12 heads over 4 key/value heads, SwiGLU of 384.
 
 It has 11,282,784 parameters with a vocabulary of 50,304, and 2,410,848 with the 4,096 of the default corpus.
-On a GPU sizes, steps and batch are the paper's (Africa et al. 2025). Without one it trains within minutes.
+On a GPU sizes, steps and batch are the paper's (Africa et al. 2025). Without a GPU it trains within minutes.
 """
 import pathlib
 import sys

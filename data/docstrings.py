@@ -30,7 +30,7 @@ def read_packages(packages, workers):
 
 def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to workers too
-    sys.stderr = open(os.devnull, "w")  # no warnings about other people's code; no word of a parent's death
+    sys.stderr = open(os.devnull, "w")  # no warnings about others' code, no traceback if killed
     gc.disable()  # syntax trees have no cycles; looking for some takes a third of the time
 
 def modules_of(package):

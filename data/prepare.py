@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from plumbing import settings
 from plumbing.corpus import file_rows, hub_rows, list_files, matches, stream
-from plumbing.files import ROOT, fail, lock, read_json, reading, sha256_of, write_atomic
+from plumbing.files import ROOT, attempt, fail, lock, read_json, sha256_of, write_atomic
 from plumbing.settings import Count, Share, Whole
 from plumbing.tokenizer import EOT, HUB_FILES, LONG_SPACE, MASK, HubTokenizer, Tokenizer, load_tokenizer
 
@@ -62,8 +62,9 @@ class Config:
 
 def weights(config):
     """The weight of each source, or None."""
-    numbers = config.weights.split(",") if config.weights else [None] * len(config.source)
-    return [number and float(number) for number in numbers]
+    if not config.weights:
+        return [None] * len(config.source)
+    return list(map(float, config.weights.split(",")))
 
 RULES = [  # (what must hold, the sentence that says so); an error shows the settings that the sentence names
     (lambda c: re.fullmatch(r"([\d.]*[1-9][\d.]*(,|$))*", c.weights) and len(weights(c)) == len(c.source),
@@ -168,7 +169,7 @@ def train_tokenizer(sources, config):
 def open_tokenizer(folder):
     """The tokenizer in a folder, of a run the newest step's; or gpt2 with one id more, for a mask."""
     if folder == "gpt2":
-        with reading("the vocabulary gpt2", "go online, or train one with --vocab_size=N"):
+        with attempt("fetch the vocabulary gpt2", "go online, or train one with --vocab_size=N"):
             gpt2 = tiktoken.get_encoding("gpt2")
         specials = {EOT: gpt2.eot_token, MASK: gpt2.eot_token + 1}
         return Tokenizer(gpt2._mergeable_ranks, gpt2._pat_str, specials)
@@ -178,10 +179,10 @@ def open_tokenizer(folder):
     return tokenizer
 
 # --------------------------------------------------------------------------------------------------
-# Whole or not at all
+# Writing, so that an interrupted command can continue
 
-def describe(name, config, sources, tokenizer):
-    """The command and what else its bytes depend on, as plain values."""
+def make_recipe(name, config, sources, tokenizer):
+    """The command and what else the corpus's bytes depend on, as plain values."""
     packages = ["numpy", "tiktoken", "tokenizers", "rustbpe", "datasets"]
     packages += [] if config.source else config.packages.split(",")
     versions = {package.name: package.version for package in distributions() if package.name in packages}
@@ -190,10 +191,10 @@ def describe(name, config, sources, tokenizer):
     files = [[path, os.path.getsize(path), os.path.getmtime(path)] for path in paths]
     own = {key: setting for key, setting in asdict(config).items() if key not in ("workers", "data_dir")}
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files.items()}
-    asked = {"name": name, "versions": versions, "files": files, "settings": own, "sha256": sha256}
+    recipe = {"name": name, "versions": versions, "files": files, "settings": own, "sha256": sha256}
     if not isinstance(tokenizer, HubTokenizer):
-        asked |= {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens}
-    return asked
+        recipe |= {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens}
+    return recipe
 
 def write_tokens(work, sources, tokenizer, config, save):
     """Encode what is not done yet into train.bin and val.bin. Calls save() every SAVE seconds."""
@@ -227,15 +228,15 @@ def write_tokens(work, sources, tokenizer, config, save):
         file.close()
     (work / "val.bin").write_bytes(b"".join(path.read_bytes() for path in paths[1:]))
 
-def make_meta(work, sources, tokenizer, asked):
+def make_meta(work, sources, tokenizer, recipe):
     """The content of meta.json."""
     of_sources, end = [], 0
     for source in sources:
         begin, end = end, end + source.done["val"]["tokens"]
         of_sources.append({"name": source.name, "weight": source.weight, **source.done,
                            "val_range": [begin, end]})
-    sha256 = {name: sha256_of(work / name) for name in ("train.bin", "val.bin")} | asked["sha256"]
-    return asked | {
+    sha256 = {name: sha256_of(work / name) for name in ("train.bin", "val.bin")} | recipe["sha256"]
+    return recipe | {
         "splits": {split: {count: total(sources, split, count) for count in COUNTS} for split in SPLITS},
         "sources": of_sources, "sha256": sha256,
         "vocab_size": -(-tokenizer.n_vocab // 64) * 64,  # rounded up: matrix products like multiples of 64
@@ -248,22 +249,22 @@ def prepare(name, config, sources, tokenizer):
     work.mkdir(parents=True, exist_ok=True)
     lock(work)
     tokenizer = tokenizer or train_tokenizer(sources, config)
-    asked = describe(name, config, sources, tokenizer)
+    recipe = make_recipe(name, config, sources, tokenizer)
     saved = read_json(state_file) if state_file.exists() else {}
-    if saved.get("asked") == asked:
+    if saved.get("recipe") == recipe:
         for source, done in zip(sources, saved["done"], strict=True):
             source.done = done
 
     def save():
-        write_atomic(state_file, json.dumps({"asked": asked, "done": [source.done for source in sources]}))
+        write_atomic(state_file, json.dumps({"recipe": recipe, "done": [source.done for source in sources]}))
     save()  # before a token file changes: what an older state says of it holds no longer
     write_tokens(work, sources, tokenizer, config, save)
     for split in SPLITS:
         if not total(sources, split, "documents"):
-            fail(f"no document fell to {split}: give more ({ONE_DOCUMENT}), or another --val_fraction")
-    meta = make_meta(work, sources, tokenizer, asked)
+            fail(f"no document went to {split}: give more ({ONE_DOCUMENT}), or another --val_fraction")
+    meta = make_meta(work, sources, tokenizer, recipe)
     state_file.unlink()  # from here on there is nothing to resume
-    for name in ("meta.json", "tokenizer.tiktoken", *HUB_FILES):  # and no corpus, old or new
+    for name in ("meta.json", "tokenizer.tiktoken", *HUB_FILES):  # until all is in place there is no corpus
         (folder / name).unlink(missing_ok=True)
     for name in ("train.bin", "val.bin"):
         os.replace(work / name, folder / name)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import Llama, ModelConfig
-from plumbing.files import fail, read_json, reading, sha256_of
+from plumbing.files import attempt, fail, read_json, sha256_of
 from plumbing.tokenizer import hf_files, load_tokenizer
 
 NAMES = {  # ours: (Hugging Face's, pico-decoder's); {i} is the number of a block
@@ -41,7 +41,7 @@ SHAPE = {  # the same for config.json
     "rope_theta": ("rope_theta", "position_emb_theta")}
 
 def their_names(n_layers, pico=False):
-    """{our name of a tensor: theirs} of a model of n_layers blocks. A name without {i} is made each time."""
+    """{our name of a tensor: theirs} of a model of n_layers blocks. Names without {i} are made repeatedly."""
     return {f"{ours}.weight".format(i=i): f"{theirs[pico]}.weight".format(i=i)
             for i in range(n_layers) for ours, theirs in NAMES.items()}
 
@@ -117,8 +117,8 @@ class Loaded(NamedTuple):
     progress: dict  # budgets spent so far: lm_tokens, episode_tokens, flops, seconds, ...
     state: dict  # state.json
 
-def load_model(path, step=None, device="cpu"):
-    """Open a run folder (its newest step, or `step`), a step's folder, or any Llama's folder of safetensors.
+def load_model(path, step=-1, device="cpu"):
+    """Open a run folder (of `step`; -1: the newest), a step's folder, or any Llama's folder of safetensors.
 
     Others' weights may have Hugging Face's names or pico-decoder's, lie in several files, and be tied. Memory
     is taken for what the files hold, not for what config.json says. A damaged file ends the program.
@@ -126,12 +126,12 @@ def load_model(path, step=None, device="cpu"):
     steps = checkpoints(path)
     if not steps and not list(Path(path).glob("model.safetensors*")):
         fail(f"{path} holds no checkpoint (step_*) and no model.safetensors; only these are read")
-    if step is not None and step not in steps:
+    if step not in (-1, *steps):
         fail(f"{path} has no checkpoint of step {step}; there is {', '.join(map(str, steps)) or 'only this'}")
-    folder = steps[max(steps) if step is None else step] if steps else path
+    folder = steps[max(steps) if step == -1 else step] if steps else path
     state = read_json(f"{folder}/state.json") if os.path.exists(f"{folder}/state.json") else {}
     remedy = "delete the folder to use the step before" if state else "download it again"
-    with reading(folder, remedy):
+    with attempt(f"read {folder}", remedy):
         for name in ("model.safetensors", "head.safetensors", "config.json", "tokenizer.json"):
             check_sha256(folder, state, name)
         shape, weights = read_weights(folder)
@@ -142,7 +142,7 @@ def load_model(path, step=None, device="cpu"):
         return Loaded(folder, model.to(device).eval(), load_tokenizer(folder), head,
                       state.get("settings", {}), state.get("step", 0), state.get("progress", {}), state)
 
-def load_models(paths, step=None, device="cpu"):
+def load_models(paths, step=-1, device="cpu"):
     """{path: Loaded} of the folders that a command line names."""
     if not paths:
         fail("name a run folder, out/<run>, or the folder of a Llama")

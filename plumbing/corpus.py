@@ -17,7 +17,7 @@ import pandas as pd
 from pyarrow.parquet import ParquetFile
 from tqdm import tqdm
 
-from plumbing.files import fail, read_json, reading, reason
+from plumbing.files import attempt, fail, read_json, reason
 from plumbing.tokenizer import load_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def text_files(path):
 
 def file_rows(path, columns):
     """Yield the rows of a file, dicts of its columns, the wanted ones among them. A bare text is one."""
-    with reading(path, "mend it or leave it out"):
+    with attempt(f"read {path}", "mend it or leave it out"):
         yield from READERS[suffix_of(path)](path, columns)
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def load_corpus(folder):
     """Open a corpus. Sizes are always checked, hashes and ids below 1 GB; damage ends the program."""
     remedy = "prepare this corpus with data/prepare.py"
     meta, tokenizer = read_json(f"{folder}/meta.json", remedy), load_tokenizer(folder)
-    with reading(folder, remedy):
+    with attempt(f"read {folder}", remedy):
         if not tokenizer.n_vocab <= meta["vocab_size"] <= 65_536:
             raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, meta.json {meta['vocab_size']}")
         splits = []

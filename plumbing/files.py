@@ -31,12 +31,12 @@ def reason(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 @contextlib.contextmanager
-def reading(path, remedy):
-    """The boundary around files that others wrote: what goes wrong in reading `path` is told in one line."""
+def attempt(what, remedy):
+    """The boundary around what others wrote or run: if it fails, one line says that one cannot `what`."""
     try:
         yield
     except Exception as error:  # each library has exceptions of its own for a damaged file
-        fail(f"cannot read {path}: {reason(error)}; {remedy}")
+        fail(f"cannot {what}: {reason(error)}; {remedy}")
 
 def report(kind, error, trace):
     """What an exception that nobody caught prints: one line if it is a user's matter, else a traceback."""
@@ -98,7 +98,7 @@ def sha256_of(path):
 
 def read_json(path, remedy="make it or copy it again"):
     """The object in a JSON file; a damaged file ends the program."""
-    with reading(path, remedy):
+    with attempt(f"read {path}", remedy):
         content = json.loads(Path(path).read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")

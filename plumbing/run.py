@@ -23,7 +23,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from plumbing import figures
 from plumbing.checkpoint import check_sha256, checkpoints, load_model, save_checkpoint
 from plumbing.corpus import load_corpus
-from plumbing.files import ROOT, fail, lock, on_signals, read_json, reading, reason, write_atomic
+from plumbing.files import ROOT, attempt, fail, lock, on_signals, read_json, reason, write_atomic
 from plumbing.machine import choose_device, choose_dtype, not_compiled, peak_memory
 
 # A resumed run may differ from the run that was begun in these settings only.
@@ -36,8 +36,9 @@ class Run:
     """What train.py asks for: device, dtype, compile, rank, world; stopping, evals and collapse so far."""
 
     def __init__(self, config):
-        self.config, self.tracker, self.log_file, self.signal, self.stopping = config, None, None, None, False
-        # What torchrun sets; without an address to meet at, a cluster's scheduler has set it.
+        self.config, self.signal, self.stopping = config, None, False
+        self.tracker, self.log_file = None, None
+        # Set by torchrun. Without an address to meet at they are a cluster scheduler's, and not for us.
         launch = os.environ if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() else {}
         self.rank, local_rank = (int(launch.get(key) or 0) for key in ("RANK", "LOCAL_RANK"))
         self.world = int(launch.get("WORLD_SIZE") or 1)
@@ -50,7 +51,7 @@ class Run:
         self.compile = not why_not
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
         gpu = self.device.type == "cuda"
-        self.lag = int(gpu)  # how many steps late a step's numbers are read
+        self.steps_late = int(gpu)  # how late the metrics of a step are logged
         where = torch.cuda.get_device_name() if gpu else f"{self.device}, {torch.get_num_threads()} threads"
         compiled = f"not compiled ({why_not})" if why_not else "compiled"
         self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, {compiled}")
@@ -104,7 +105,7 @@ class Run:
         if self.rank == 0:
             self.write_folder(lines)
         self.choose_micro_batches(model)
-        self.first_step, self.skipped, self.unread, self.clock = step, 0, [], time.perf_counter()
+        self.first_step, self.skipped, self.unlogged, self.clock = step, 0, [], time.perf_counter()
         on_signals(self.stop)  # until here they end the process at once: nothing was begun
         return step
 
@@ -118,7 +119,8 @@ class Run:
         if not step:
             return 0, []  # it was stopped before its first checkpoint
         loaded = load_model(config.out_dir)
-        with reading(loaded.path, "delete this folder to resume from the step before"), torch.no_grad():
+        remedy = "delete this folder to resume from the step before"
+        with attempt(f"read {loaded.path}", remedy), torch.no_grad():
             check_sha256(loaded.path, loaded.state, "optimizer.safetensors")
             moments = load_file(f"{loaded.path}/optimizer.safetensors")
             self.model.load_state_dict(loaded.model.state_dict())
@@ -145,7 +147,7 @@ class Run:
             "git": git, "argv": sys.argv[1:], "versions": {"python": platform.python_version(), **versions}}
         made["wandb_id"] = read_json(f"{folder}/config.json").get("wandb_id") if self.config.resume else None
         if self.config.wandb:
-            with reading("Weights & Biases", f"WANDB_MODE=offline keeps the records in {folder}/wandb"):
+            with attempt("reach Weights & Biases", f"WANDB_MODE=offline keeps the records in {folder}/wandb"):
                 import wandb
                 quiet = wandb.Settings(init_timeout=30, silent=True)
                 self.tracker = wandb.init(
@@ -178,6 +180,18 @@ class Run:
         if self.world > 1:
             gradients = [p.grad for p in params if p.grad is not None]
             vector_to_parameters(self.all_reduce(parameters_to_vector(gradients)), gradients)
+
+    def gather(self, features, places, first_row):
+        """Features (E, M, C) at places (E, M), b T + t for position t of row b, of the rows of all processes.
+
+        features (B, T, C): of this process's rows, the first of which is row `first_row` of the step. Those
+        of others are constants. The gradient of its own comes `world` times: divide the loss by `world`.
+        """
+        own, first = features.flatten(0, 1), first_row * features.size(1)
+        mine = (places >= first) & (places < first + len(own))
+        own = own[(places - first).clamp(0, len(own) - 1)] * mine[..., None]
+        everyone = self.all_reduce(own.detach().clone())
+        return everyone + self.world * (own - own.detach())  # adds 0, and the gradient
 
     def barrier(self):
         """Return when all processes have come here."""
@@ -244,23 +258,23 @@ class Run:
         if self.tracker:
             self.tracker.log(line, step=line["step"])
 
-    def log_step(self, step, numbers, norm, lr):
-        """Sum a step's numbers over processes (norm is that of all) for `read`: on a GPU a step later."""
+    def log_step(self, step, metrics, norm, lr):
+        """Log a step's metrics, summed over processes (norm is that of all): on a GPU one step later."""
         stop = torch.full((), float(self.signal is not None), device=self.device)  # so that all stop together
-        values = torch.cat((self.all_reduce(torch.stack([*numbers.values(), stop])), norm[None]))
-        copied = (torch.cuda if self.lag else torch.cpu).Event()
-        values = values.to("cpu", non_blocking=bool(self.lag))
+        values = torch.cat((self.all_reduce(torch.stack([*metrics.values(), stop])), norm[None]))
+        copied = (torch.cuda if self.steps_late else torch.cpu).Event()
+        values = values.to("cpu", non_blocking=bool(self.steps_late))
         copied.record()  # behind the copy, before the next step
-        self.unread.append((step, list(numbers), values, copied, lr))
-        self.read(self.lag)
+        self.unlogged.append((step, list(metrics), values, copied, lr))
+        self.flush_log(self.steps_late)
 
-    def read(self, all_but=0):
-        """Read, check, log and print the numbers of all steps done but the newest `all_but`."""
-        while len(self.unread) > all_but:
-            self.write_step(*self.unread.pop(0))
+    def flush_log(self, all_but=0):
+        """Log all steps done but the newest `all_but`."""
+        while len(self.unlogged) > all_but:
+            self.write_step(*self.unlogged.pop(0))
 
     def write_step(self, step, names, values, copied, lr):
-        """Check, log and print the numbers of a step. What is not finite ends the run."""
+        """Check, log and print the metrics of a step. What is not finite ends the run."""
         copied.synchronize()
         *values, asked, norm = values.tolist()
         self.stopping, line = bool(asked), dict(zip(names, values, strict=True))
@@ -276,7 +290,7 @@ class Run:
         self.progress.update(self.costs[kind])  # adds
         speed = (self.costs[kind]["lm_tokens"] + self.costs[kind]["episode_tokens"]) / seconds
         self.log({"step": step, "kind": kind, **line, **self.progress, "tokens_per_second": speed})
-        # Seconds of a step, a running mean. The first ones compile and say nothing of the others.
+        # The running mean of a step's seconds. The first steps compile and say nothing of the others.
         self.pace = seconds if step < self.first_step + 3 else 0.95 * self.pace + 0.05 * seconds
         if step % self.config.log_interval == 0:
             left = int(self.pace * (self.config.max_steps - step))
@@ -291,14 +305,14 @@ class Run:
         self.progress["seconds"] += seconds
         return seconds
 
-    def log_eval(self, step, numbers):
-        if not math.isfinite(numbers["val_loss"]):
-            self.not_finite(step, f"validation loss {numbers['val_loss']}")
+    def log_eval(self, step, metrics):
+        if not math.isfinite(metrics["val_loss"]):
+            self.not_finite(step, f"validation loss {metrics['val_loss']}")
         self.tick()
-        self.evals[step] = {"step": step, "kind": "eval", **numbers, **self.progress}
+        self.evals[step] = {"step": step, "kind": "eval", **metrics, **self.progress}
         self.log(self.evals[step])
-        errors = {key: f"±{numbers[f'{key}_se']:.3f}" for key in numbers if f"{key}_se" in numbers}
-        text = "  ".join(f"{key} {value:.4f}{errors.get(key, '')}" for key, value in numbers.items()
+        errors = {key: f"±{metrics[f'{key}_se']:.3f}" for key in metrics if f"{key}_se" in metrics}
+        text = "  ".join(f"{key} {value:.4f}{errors.get(key, '')}" for key, value in metrics.items()
                          if key.startswith(("val_", "heldout_")) and not key.endswith(("_se", "_before")))
         self.print(f"eval {step:6d}/{self.config.max_steps}  {text}")
 
@@ -316,7 +330,7 @@ class Run:
 
     def save(self, step, spectra):
         """Write a checkpoint, whole or not at all. spectra: the arrays that spectra.measure gives."""
-        self.read()
+        self.flush_log()
         if not all(p.isfinite().all() for p in self.params.values()):
             self.not_finite(step, "weights are not finite")
         if self.rank == 0:
@@ -339,20 +353,20 @@ class Run:
             ids = self.model.generate(idx, 160, temperature=0.8, top_k=50, generator=rng)[0, 1:].tolist()
         ids = ids[: ids.index(eot)] if eot in ids else ids
         self.print(f"\n{self.corpus.tokenizer.decode(ids).strip()}\n")
-        numbers = self.evals[max(self.evals)] | {"GiB": peak_memory(self.device), "n_way": self.config.n_way}
+        metrics = self.evals[max(self.evals)] | {"GiB": peak_memory(self.device), "n_way": self.config.n_way}
         self.print("result  val_loss {val_loss:.4f}, {val_bits_per_byte:.4f} bits per byte, "
                    "after {step:,} steps, {lm_tokens:,} LM tokens, {episode_tokens:,} episode tokens, "
-                   "{flops:.2e} FLOPs, {seconds:.0f} s, peak memory {GiB:.2f} GiB".format_map(numbers))
-        if "heldout_query_acc" in numbers:
+                   "{flops:.2e} FLOPs, {seconds:.0f} s, peak memory {GiB:.2f} GiB".format_map(metrics))
+        if "heldout_query_acc" in metrics:
             self.print("result  held-out words: query accuracy {heldout_query_acc:.3f} ± "
-                       "{heldout_query_acc_se:.3f} after adaptation, chance 1/{n_way}".format_map(numbers))
-        title = f"{folder} after {numbers['step']:,} steps"
+                       "{heldout_query_acc_se:.3f} after adaptation, chance 1/{n_way}".format_map(metrics))
+        title = f"{folder} after {metrics['step']:,} steps"
         figure = figures.curves(read_log(folder), dataclasses.asdict(self.config), title)
         figures.save(figure, f"{folder}/curves.png")
         self.print(f"curves  {folder}/curves.png\nrun     {folder}")
 
     def finish(self, done):
-        self.barrier()  # none leaves while another still speaks
+        self.barrier()  # no process ends while another still communicates
         if not done:
             self.print(f"stopped. To continue, give the same command with --resume=True in {os.getcwd()}")
         self.end(0 if done else 128 + (self.signal or signal.SIGTERM))
@@ -360,23 +374,25 @@ class Run:
 def read_log(folder, up_to=math.inf):
     """The lines of log.jsonl up to and including step `up_to`. A last line torn by a crash is left out."""
     path = Path(folder, "log.jsonl")
-    with reading(path, "copy the log again, or delete the damaged line"):
+    with attempt(f"read {path}", "copy the log again, or delete the damaged line"):
         texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         lines = json.loads(b"[" + b",\n".join(texts) + b"]")  # an error then names the line
         return [line for line in lines if line["kind"] and line["step"] <= up_to]  # lacks a key: damaged
 
-def text_of(numbers):
-    return "  ".join(f"{key} {number:.4g}" for key, number in numbers.items())
+def text_of(metrics):
+    return "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
 
 def costs(config, model):
     """Tokens and FLOPs of a step of each kind. Padding is computed on, so it counts."""
     tokens = config.batch_size * config.block_size
-    lm = Counter(lm_tokens=tokens, flops=tokens * model.flops_per_token(config.block_size, True, True))
+    lm = Counter(lm_tokens=tokens, flops=tokens * model.flops_per_token(
+        config.block_size, backward=True, unembedding=True))
     windows = config.episodes_per_step * config.n_way  # for one shot
     support, query = (windows * shots * config.episode_len for shots in (config.k_shot, config.q_query))
-    forward, both = (model.flops_per_token(config.episode_len, backward, False) for backward in (False, True))
+    forward, both = (model.flops_per_token(config.episode_len, backward, unembedding=False)
+                     for backward in (False, True))
     flops = support * (both if config.second_order else forward) + query * both
-    if config.target != "head":  # the model runs in each inner step; then come the numbers to log
+    if config.target != "head":  # the model runs in each inner step; then come the metrics
         inner = config.inner_steps * both * (3 if config.second_order else 1)
         flops = support * (inner + 2 * forward) + query * (both + forward)
     widths = [config.d_model, *[config.head_hidden] * (config.head_layers - 1), config.n_way]

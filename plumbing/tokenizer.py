@@ -15,7 +15,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from plumbing.files import read_json, reading
+from plumbing.files import attempt, read_json
 
 EOT, MASK = "<|endoftext|>", "<|mask|>"
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
@@ -77,7 +77,7 @@ class HubTokenizer(Tokenizer):
 
 def load_tokenizer(folder):
     """The tokenizer in a folder: a tokenizer.json, or a corpus's tokenizer.tiktoken with meta.json."""
-    with reading(f"the tokenizer in {folder}", "prepare, copy or download it again"):
+    with attempt(f"read the tokenizer in {folder}", "prepare, copy or download it again"):
         if Path(folder, "tokenizer.json").exists():
             return HubTokenizer(folder)
         meta, content = read_json(f"{folder}/meta.json"), Path(folder, "tokenizer.tiktoken").read_bytes()

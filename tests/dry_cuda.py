@@ -134,7 +134,7 @@ def main():
         names = {"__name__": "train", "__file__": str(ROOT / "train.py")}
         exec(compile(source[:start], "train.py", "exec"), names)
         rest = "\n" * source[:start].count("\n") + source[start:end]  # with the numbers of its lines
-        moved = "model = Llama(ModelConfig(**shape, vocab_size=corpus.vocab_size))"  # no fake module can move
+        moved = "model = Llama(shape)"  # no fake module can move
         assert f"{moved}.to(device)" in rest
         rest = rest.replace(f"{moved}.to(device)", f"with device: {moved}")
         fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
@@ -146,12 +146,12 @@ def main():
             print(f"{run.dtype}, micro-batches {run.micro}")
             for step, kind in enumerate(("lm", "meta", "lm"), 1):
                 operations.seen.clear()
-                numbers = names[f"{kind}_step"](step)
+                metrics = names[f"{kind}_step"](step)
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(params, 1.0)
                 scaler.step(optimizer)
                 scaler.update()
-                assert all(value.device.type == "cuda" for value in numbers.values()), numbers
+                assert all(value.device.type == "cuda" for value in metrics.values()), metrics
                 kernels = sorted(name for name in operations.seen if "attention" in name or "softmax" in name)
                 print(kind, *kernels)
             names["val_loss"](0, len(names["corpus"].val))

@@ -119,7 +119,7 @@ def model():
         with in_float64():
             exact = loss_and_gradients(copy.deepcopy(plain).double())
         compiled = copy.deepcopy(plain)
-        compiled.compile_parts()
+        llama.compile_parts(compiled)
         counters = torch._dynamo.utils.counters
         counters.clear()
         dtypes = [torch.float32, torch.float16]
@@ -148,8 +148,9 @@ def parameters():
         own = {name: p.to(device).requires_grad_() for name, p in head.items()}
         e = {name: tensor.to(device) for name, tensor in episode.items()}
         with sdpa_kernel(SDPBackend.MATH), in_float64():
-            loss, _ = maml.episode_loss_through(reader, adapting, own, e, head_lr=0.5, target_lr=0.5, steps=3,
-                                                first_order=first_order, autocast=nullcontext())
+            loss, _ = maml.episode_loss_through_model(
+                reader, adapting, own, e, head_lr=0.5, target_lr=0.5, steps=3, first_order=first_order,
+                autocast=nullcontext())
             found = torch.autograd.grad(loss, [*reader.parameters(), *own.values()], allow_unused=True)
         return [loss.detach(), *(g for g in found if g is not None)]
 
@@ -286,7 +287,7 @@ torch.cuda.mem_get_info = lambda: (torch.cuda.get_device_properties(0).total_mem
 def in_turn(run, step, *numbers):  # one of two has the GPU to itself, after both have compiled
     log_step(run, step, *numbers)
     if step == 4:
-        run.read()
+        run.flush_log()
         Path(run.config.out_dir, "compiled").touch()
         for _ in range(1500):
             if len(list(Path(run.config.out_dir).parent.glob("*/compiled"))) % 2:

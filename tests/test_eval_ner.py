@@ -100,7 +100,7 @@ def test_fetching(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         eval_ner.load_sets(Config())
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: cannot read https://") and f"--uner_dir={tmp_path}/data/uner" in error
+    assert error.startswith("error: cannot fetch https://") and f"--uner_dir={tmp_path}/data/uner" in error
 
 @pytest.mark.parametrize("case", [*itertools.product(["first", "last"], [1, 2], [16, 128])])
 def test_alignment(loaded, case):

@@ -66,7 +66,7 @@ class Event:
 torch.cuda.Event, begin = Event, Run.__init__
 def later(run, config):
     begin(run, config)
-    run.lag = 1
+    run.steps_late = 1
 Run.__init__ = later""",
     # In a step or an evaluation memory runs out with more than two rows or episodes at a time.
     "small": """

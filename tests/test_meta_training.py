@@ -133,7 +133,7 @@ def moments(saved):
 # The meta step
 
 def by_hand(saved, episodes, lr, steps, second_order=False, multi_task=False):
-    """Gradients by parameter name and the numbers to log, by an unrolled loop of plain autograd.
+    """Gradients by parameter name and the metrics, by an unrolled loop of plain autograd.
 
     Nothing here is shared with maml.py: features divided by sqrt(d), rectified layers, cross-entropy, and
     gradient descent on the head alone. At first order support features and inner gradients are constants.

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import Attention, Llama, ModelConfig, RMSNorm, causal_attention, rotary_table, rotate
+from model import (
+    Attention, Llama, ModelConfig, RMSNorm, causal_attention, compile_parts, rotary_table, rotate)
 from plumbing.checkpoint import hf_config, their_names
 
 SIZES = {  # name: (d_model, d_ff, parameters with 50,304 ids)
@@ -85,7 +86,7 @@ def test_compiled_parts_are_the_model():
     plain.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    model.compile_parts()
+    compile_parts(model)
     compiled = model(idx[:, :-1], idx[:, 1:])
     compiled.backward()
     assert compiled.item() == pytest.approx(plain.item(), rel=1e-5)

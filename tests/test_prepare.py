@@ -377,7 +377,7 @@ MISTAKES = {
     "--source=good.jsonl --column=id": "holds int, not text",
     "--source=bad.jsonl": "cannot read bad.jsonl: line 2: Unterminated string",
     "--source=blank.jsonl": "too short for --vocab_size=4096",
-    "--source=one.txt --vocab_size=260": "no document fell to val: give more (a .txt file is one document",
+    "--source=one.txt --vocab_size=260": "no document went to val: give more (a .txt file is one document",
     "--source=one.txt --vocab_size=300 --val_fraction=1": "--paragraphs=True cuts it at blank lines",
     "--source=good.jsonl --source=more/good.jsonl": "two sources have one name",
     "--source=good.jsonl --weights=1,2": "one for each source",

@@ -13,7 +13,7 @@ from conftest import ROOT, run_many
 
 import smlmt
 from plumbing.corpus import load_corpus
-from smlmt import FAR, Pools, Sampler, distinct, is_heldout, pool, show, words_of
+from smlmt import FAR, Pools, Sampler, draw_distinct, is_heldout, pool, show, words_of
 
 RUN = re.compile(r"[^\W\d_]+")  # a run of letters
 EOT, MASK = 998, 999
@@ -244,7 +244,7 @@ def chi2(counts):
 
 def test_distinct_draws_every_ordered_choice_alike():
     rng = np.random.default_rng(0)
-    drawn = distinct(rng, np.repeat([4, 3], 12000), 3)
+    drawn = draw_distinct(rng, np.repeat([4, 3], 12000), 3)
     for n, rows, choices in ((4, drawn[:12000], 24), (3, drawn[12000:], 6)):
         seen = Counter(map(tuple, rows.tolist()))
         assert len(seen) == choices and chi2(list(seen.values())) < 2
