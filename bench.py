@@ -170,8 +170,7 @@ def measure(step):
     for _ in range(config.steps + 1):
         start = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        getattr(torch, device.type).synchronize()
         seconds.append(time.perf_counter() - start)
     print(json.dumps({"seconds": seconds[1:], "GiB": peak_memory(device)}))
 

@@ -29,6 +29,13 @@ def in_float64(tensor):
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
+def svdvals(matrix):
+    """Singular values (..., n) of a float64 matrix, descending. NaN where LAPACK fails, not an error."""
+    try:
+        return torch.linalg.svdvals(matrix.cpu())
+    except torch.linalg.LinAlgError:
+        return torch.full((*matrix.shape[:-2], min(matrix.shape[-2:])), math.nan)
+
 def singular_values(matrix):
     """The singular values of an (m, n) matrix, descending: (min(m, n),) in float64. NaN if it is not finite.
 
@@ -44,7 +51,7 @@ def singular_values(matrix):
     values = squares.sqrt().flip(0)
     error = len(squares) * torch.finfo(torch.float64).eps * squares[-1]  # of an eigenvalue, at most
     if ((squares + error).sqrt().sum() - values.sum()) > 1e-7 * values.sum():
-        values = torch.linalg.svdvals(matrix.cpu())
+        values = svdvals(matrix)
     return values.cpu().numpy() * largest
 
 def rank_of(values):
@@ -71,7 +78,7 @@ def ov_values(attention):
     if not (o.isfinite().all() and v.isfinite().all()):
         return np.full((H, D), np.nan)
     product = torch.linalg.qr(o).R @ torch.linalg.qr(v).R.mT  # an orthogonal factor changes no singular value
-    return torch.linalg.svdvals(product.cpu()).numpy()
+    return svdvals(product).numpy()
 
 def head_entropy(q, k):
     """Mean entropy (H,) of the causal attention of q (B, H, T, D) on k (B, K, T, D): 1 is uniform."""

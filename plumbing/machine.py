@@ -15,8 +15,9 @@ def choose_device(setting, local_rank=0):
     if setting == "auto":
         setting = next(kind for kind in here if here[kind])
         if setting == "cpu" and shutil.which("nvidia-smi"):
-            print("system  torch finds no GPU, though nvidia-smi is here: is the driver too old for CUDA "
-                  f"{torch.version.cuda}?", file=sys.stderr)
+            cuda = torch.version.cuda
+            why = f"is the driver too old for CUDA {cuda}?" if cuda else "this build of torch is for CPUs"
+            print(f"system  torch finds no GPU, though nvidia-smi is here: {why}", file=sys.stderr)
     if not here[setting]:
         fail(f"device = {setting}, but torch finds none; take --device=cpu or another build of torch")
     if setting == "cpu":

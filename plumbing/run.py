@@ -1,6 +1,7 @@
 """A training run on disk and among processes: folder, log, resuming, signals. The loop is in train.py."""
 import contextlib
 import dataclasses
+import datetime
 import importlib.metadata
 import itertools
 import json
@@ -56,7 +57,9 @@ class Run:
         compiled = f"not compiled ({why_not})" if why_not else "compiled"
         self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, {compiled}")
         if self.world > 1:
-            dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None)
+            patience = datetime.timedelta(minutes=10)  # others wait while one writes a checkpoint
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=patience,
+                                    device_id=self.device if gpu else None)
         if self.rank == 0:
             self.open_folder()
 
@@ -261,7 +264,8 @@ class Run:
     def log_step(self, step, metrics, norm, lr):
         """Log a step's metrics, summed over processes (norm is that of all): on a GPU one step later."""
         stop = torch.full((), float(self.signal is not None), device=self.device)  # so that all stop together
-        values = torch.cat((self.all_reduce(torch.stack([*metrics.values(), stop])), norm[None]))
+        scale = self.scaler.scale(torch.ones(1, device=self.device))  # read later, it would be a later step's
+        values = torch.cat((self.all_reduce(torch.stack([*metrics.values(), stop])), norm[None], scale))
         copied = (torch.cuda if self.steps_late else torch.cpu).Event()
         values = values.to("cpu", non_blocking=bool(self.steps_late))
         copied.record()  # behind the copy, before the next step
@@ -276,7 +280,7 @@ class Run:
     def write_step(self, step, names, values, copied, lr):
         """Check, log and print the metrics of a step. What is not finite ends the run."""
         copied.synchronize()
-        *values, asked, norm = values.tolist()
+        *values, asked, norm, scale = values.tolist()
         self.stopping, line = bool(asked), dict(zip(names, values, strict=True))
         losses = {key: line[key] for key in ("lm_loss", "meta_loss") if key in line}
         finite = math.isfinite(sum(losses.values()) + norm)
@@ -284,7 +288,7 @@ class Run:
         if self.skipped == (20 if self.scaler.is_enabled() else 1):
             self.not_finite(step, text_of(losses | {"grad_norm": norm}))
         line |= {"lr": lr, "grad_norm": norm} if finite else {
-            "lr": lr, "skipped": self.skipped, "loss_scale": self.scaler.get_scale()}
+            "lr": lr, "skipped": self.skipped, "loss_scale": scale}
         kind = "joint" if len(losses) == 2 else next(iter(losses)).removesuffix("_loss")
         seconds = self.tick()
         self.progress.update(self.costs[kind])  # adds
@@ -326,7 +330,8 @@ class Run:
     def not_finite(self, step, what):
         """Training has come apart: nothing of this step is saved."""
         newest = max(checkpoints(self.config.out_dir), default="none")
-        self.end(1, f"step {step}: {what}; the last checkpoint is {newest}. Try a lower lr, a longer warm-up")
+        error = f"step {step}: {what}; the last checkpoint is {newest}. Try a lower lr, a longer warm-up"
+        self.end(1, "" if self.rank else error)  # all processes are here
 
     def save(self, step, spectra):
         """Write a checkpoint, whole or not at all. spectra: the arrays that spectra.measure gives."""

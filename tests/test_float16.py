@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint, log_of, run_many
+from conftest import ROOT, checkpoint, log_of, run_many, without_times
 
 WORDS = """--d_model=16 --n_layers=1 --n_heads=2 --n_kv_heads=1 --d_ff=24 --block_size=16 --batch_size=4
     --max_steps=8 --lr=0.003 --warmup_steps=2 --eval_interval=100 --eval_steps=2 --ckpt_interval=4
@@ -14,19 +14,28 @@ CHANGED = f"""
 import functools, os, runpy, sys
 import torch
 sys.path.insert(0, {str(ROOT)!r})
+from plumbing.run import Run
 scale, sys.argv = float(sys.argv[1]), [{str(ROOT / "train.py")!r}, *sys.argv[2:]]
-torch.amp.GradScaler, plain = functools.partial(torch.amp.GradScaler, init_scale=scale), torch.amp.GradScaler
+plain = torch.amp.GradScaler
+torch.amp.GradScaler = functools.partial(plain, init_scale=abs(scale))
 os.environ["WANDB_MODE"] = "offline"
+begin, torch.cuda.Event = Run.__init__, torch.cpu.Event
+def late(run, config):  # logs a step when the next is done, as on a GPU
+    begin(run, config)
+    run.steps_late = 1
+if scale < 0:
+    Run.__init__ = late
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    torch.amp.GradScaler = plain
+    torch.amp.GradScaler, Run.__init__ = plain, begin
     print("wandb was", "imported" if "wandb" in sys.modules else "left alone")
 """
 HALF, SINGLE = "--dtype=float16", "--dtype=float32"
-CASES = {  # name -> loss scale at the start, and settings
+CASES = {  # name -> loss scale at the start (below 0: steps are logged late), and settings
     "float32": (1024, [SINGLE]), "float16": (1024, [HALF]), "half": (1024, [HALF, "--max_steps=4"]),
-    "too large": (2.0**27, [HALF, "--max_steps=30"]), "hopeless": (2.0**100, [HALF, "--max_steps=30"])}
+    "too large": (2.0**27, [HALF, "--max_steps=30"]), "hopeless": (2.0**100, [HALF, "--max_steps=30"]),
+    "late": (-(2.0**27), [HALF, "--max_steps=5"])}
 WANDB = [SINGLE, "--wandb=True", "--wandb_project=hedgehogs"]
 SHOWN = {"lr=1,shown": (1024, WANDB), "lr=1,shown/again": (1024, [*WANDB, "--max_steps=9", "--resume=True"])}
 RESUMED = {"resumed": (1, [HALF, "--resume=True"]), "in float32": (1, [SINGLE, "--resume=True"])}
@@ -77,6 +86,8 @@ def test_overflow_skips_the_step_and_halves_the_scale(runs):
     skipped = [line for line in lines if "skipped" in line]
     assert 2 <= len(skipped) < 20 and skipped[:2] == lines[:2] and done.returncode == 0
     assert [line["loss_scale"] for line in skipped] == [2.0 ** (26 - i) for i in range(len(skipped))]
+    late = [line for line in log_of(runs[0] / "late", "lm", "meta") if "skipped" in line]
+    assert without_times(late) == without_times(skipped)[: len(late)] and len(late) > 1
     for before, line in zip(lines, lines[1:], strict=False):  # how many in a row
         assert line.get("skipped", 0) == ("skipped" in line) * (before.get("skipped", 0) + 1)
     assert done.stdout.count("  skipped ") == len(skipped)

@@ -29,7 +29,9 @@ def test_auto_takes_the_gpu_that_there_is(monkeypatch, capsys):
 
 def test_a_driver_that_torch_cannot_use_is_told(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert machine.choose_device("auto").type == "cpu" and "driver" in capsys.readouterr().err
+    for cuda, says in (("13.0", "driver too old for CUDA 13.0"), (None, "this build of torch is for CPUs")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert machine.choose_device("auto").type == "cpu" and says in capsys.readouterr().err
 
 @pytest.mark.parametrize(("capability", "bfloat16", "expected"), [
     ((9, 0), True, torch.bfloat16), ((7, 5), False, torch.float16), ((6, 1), False, torch.float32)])

@@ -135,6 +135,15 @@ def test_a_damaged_matrix_is_named_and_the_others_are_measured(model):
     assert numbers["per/weights/up"] == pytest.approx(expected, rel=1e-5)
     assert "per/activations/0" in numbers and all(map(math.isfinite, numbers.values()))
 
+def test_a_singular_value_problem_without_a_solution_ends_no_run(model, monkeypatch):
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svdvals", fails)
+    told = []
+    numbers = spectra.summary(spectra.measure(model, BATCH[0], complain=told.append))
+    assert "weights/ov" in told[0] and "per/weights/ov" not in numbers and "per/weights/down" in numbers
+
 # ----------------------------------------------------------------------------------------------------
 # The signal
 
