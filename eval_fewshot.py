@@ -192,6 +192,9 @@ def sentence_task(config, name, train, test):
             if not isinstance(text, str) or str(label) not in classes:
                 problem = f"{text!r:.40} is no text, or {label} no training class"
                 raise ValueError(f"{split} row {number}: {problem}")
+    if counts.min() < config.shots[-1]:
+        least, most = classes[counts.argmin()], config.shots[-1]
+        raise ValueError(f"class {least} has {counts.min()} training rows, but --shots asks for {most}")
     labels, E = np.searchsorted(classes, test_names), config.n_episodes
     of_class = [np.flatnonzero(train_labels == c) for c in range(len(classes))]
     task = Task(name, f"{len(classes)} classes, {len(test):,} test sentences", len(classes), labels,

@@ -119,7 +119,7 @@ def read_domains(config):
     texts = {domain: [text or "" for (text,) in of_domain] for domain, of_domain in rows.items()}
     for domain, of_domain in texts.items():
         if not any(of_domain) or not all(isinstance(text, str) for text in of_domain):
-            fail(f"{domain} holds no text in its column {config.column}; choose another with --column=")
+            fail(f"{domain} holds nothing, or not only text, in its column {config.column} (see --column)")
     return texts
 
 def cell(metrics, key, form):

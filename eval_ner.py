@@ -72,6 +72,8 @@ class Config:
     step: int = -1  # of the checkpoints; -1 takes the newest
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
 
+RULES = [(lambda c: c.length > 1 + c.twice, "length must be at least 2, with twice 3")]
+
 def read_iob2(path):
     """The sentences of a file that has a line for each word and a blank line after each sentence."""
     sentences = []
@@ -88,7 +90,8 @@ def read_iob2(path):
 def read_sets(config, wanted, known, splits):
     """{set: the sentences of each split} of the sets wanted, fetched if need be; "all" is those at hand."""
     folder, sets = Path(config.uner_dir or ROOT / "data/uner"), {}
-    folder.mkdir(parents=True, exist_ok=True)
+    if not config.uner_dir:
+        folder.mkdir(parents=True, exist_ok=True)
     known = {*known, *(path.name.split("-ud-")[0] for path in folder.glob(f"*-ud-{splits[0]}.iob2"))}
     for name in sorted(known) if wanted == "all" else wanted.split(","):
         paths = [folder / f"{name}-ud-{split}.iob2" for split in splits]
@@ -305,7 +308,7 @@ def table(systems, tests):
     return rows
 
 def main(argv=None):
-    config, paths = settings.load(Config, __doc__, argv=argv)
+    config, paths = settings.load(Config, __doc__, RULES, argv)
     config.device = choose_device(config.device).type
     models = load_models(paths, config.step, config.device)
     first, data = models[paths[0]], load_sets(config)

@@ -379,6 +379,8 @@ def main():
 
     from plumbing.corpus import load_corpus
     from plumbing.files import ROOT, attempt
+    if {"-h", "--help"} & set(sys.argv):
+        return print(__doc__)
     folder = sys.argv[1] if len(sys.argv) > 1 else ROOT / "data" / "docstrings"
     corpus = load_corpus(folder)
     with attempt(f"draw a task from {folder}", "take a larger corpus"):

@@ -232,7 +232,7 @@ def full_log(path, config):
             line = {"step": loaded.step, "kind": "eval", **loaded.progress, **loss}
             evals[loaded.step] = line | evals.get(loaded.step, {}) | summary(measured)
     if os.path.exists(f"{path}/eval_lm.json"):
-        for step, domains in files.read_json(f"{path}/eval_lm.json")["steps"].items():
+        for step, domains in files.read_json(f"{path}/eval_lm.json").get("steps", {}).items():
             if int(step) in evals:
                 evals[int(step)]["bits_per_byte/all"] = domains["all"]["bits_per_byte"]
     return [line for line in log if line["kind"] != "eval"] + [evals[step] for step in sorted(evals)]

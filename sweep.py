@@ -122,7 +122,7 @@ def run_all(jobs, commands, evaluate):
     return all(worker.result() for worker in workers)
 
 def settings_of(words):
-    """train.py's settings with these words. A mistake in them ends the program."""
+    """train.py's settings with these words."""
     return load(defaults.Config, "", defaults.RULES, words, allow_words=False)[0]
 
 def finished(run):
@@ -279,6 +279,8 @@ def main():
         fail("name one file: a study, studies/<name>.py, or a configuration (see --help)")
     with attempt(f"read {path}", "a study has base, arms and seeds: see --help"):
         commands, baseline, evaluate = read_study(path, grid, config)
+    for words in commands.values():
+        settings_of(words)  # a mistake in them ends the program
     if config.list:
         return print(*(shlex.join(["python", "train.py", *words]) for words in commands.values()), sep="\n")
     whole = {run: words for run, words in commands.items() if not damaged(run)}

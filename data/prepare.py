@@ -245,6 +245,8 @@ def make_meta(work, sources, tokenizer, recipe):
 def prepare(name, config, sources, tokenizer):
     """Make train.bin and val.bin in NAME/partial, and when they are whole a corpus of them in NAME."""
     folder = Path(config.data_dir, name)
+    if (folder / "config.json").exists() and not (folder / "train.bin").exists():
+        fail(f"{folder} holds a run or a model: take another NAME or --data_dir")
     work, state_file = folder / "partial", folder / "partial" / "state.json"
     work.mkdir(parents=True, exist_ok=True)
     lock(work)

@@ -129,8 +129,9 @@ def load_model(path, step=-1, device="cpu"):
     if step not in (-1, *steps):
         fail(f"{path} has no checkpoint of step {step}; there is {', '.join(map(str, steps)) or 'only this'}")
     folder = steps[max(steps) if step == -1 else step] if steps else path
-    state = read_json(f"{folder}/state.json") if os.path.exists(f"{folder}/state.json") else {}
-    remedy = "delete the folder to use the step before" if state else "download it again"
+    ours = bool(steps) or os.path.exists(f"{folder}/state.json")
+    remedy = "delete the folder to use the step before" if ours else "download it again"
+    state = read_json(f"{folder}/state.json", remedy) if ours else {}
     with attempt(f"read {folder}", remedy):
         for name in ("model.safetensors", "head.safetensors", "config.json", "tokenizer.json"):
             check_sha256(folder, state, name)

@@ -78,6 +78,8 @@ def list_files(path):
     Of what a folder holds, hidden files and those of other kinds are left out; this is told.
     """
     files, others = {}, []
+    if not matches(path):
+        fail(f"there is no file or folder {path}")
     for match in map(Path, matches(path)):
         for file in inside(match):
             hidden = any(part.startswith(".") for part in file.relative_to(match).parts)

@@ -66,14 +66,16 @@ class Run:
     def open_folder(self):
         """Lock the run folder, which must hold a run if it is to be resumed, and none otherwise."""
         folder, resume = Path(self.config.out_dir), self.config.resume
-        has_config, has_log = ((folder / name).exists() for name in ("config.json", "log.jsonl"))
-        if resume and not has_config:
+        has_config = (folder / "config.json").exists()
+        is_run = has_config and "corpus_hash" in read_json(folder / "config.json")
+        if has_config and not is_run:
+            fail(f"{folder} holds a model, no run; take another --out_dir")
+        if resume and not is_run:
             fail(f"resume = True, but {folder} holds no run; check --out_dir, or leave --resume out")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
         has_steps = any(line["step"] for line in read_log(folder))  # without any, it may be begun again
-        a_model = has_config and not has_log
-        if not resume and (has_steps or checkpoints(folder) or a_model):
+        if not resume and (has_steps or checkpoints(folder)):
             fail(f"{folder} already holds a run: continue it with --resume=True, or take another --out_dir")
         for path in folder.glob("*.tmp"):  # of a process that was killed while it saved
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -119,9 +121,17 @@ class Run:
             if key not in MAY_CHANGE and begun.get(key, setting) != setting:
                 fail(f"cannot resume with {key} = {setting}: the run was begun with {key} = {begun[key]}")
         step = max(checkpoints(config.out_dir), default=0)
-        if not step:
-            return 0, []  # it was stopped before its first checkpoint
+        if not step:  # it was stopped before its first checkpoint
+            self.print(f"resume  {config.out_dir} has no checkpoint: from the start")
+            return 0, []
+        lines = read_log(config.out_dir, up_to=step)
+        if len({0} | {line["step"] for line in lines}) <= step:
+            fail(f"{config.out_dir}/log.jsonl lacks steps up to {step}, the newest checkpoint: copy it again")
+        if config.max_steps < step:
+            fail(f"cannot resume with max_steps = {config.max_steps}: {step} steps are done")
         loaded = load_model(config.out_dir)
+        if not os.path.exists(f"{loaded.path}/optimizer.safetensors"):
+            fail(f"cannot resume from {loaded.path}: only a run's newest two checkpoints keep the optimizer")
         remedy = "delete this folder to resume from the step before"
         with attempt(f"read {loaded.path}", remedy), torch.no_grad():
             check_sha256(loaded.path, loaded.state, "optimizer.safetensors")
@@ -135,7 +145,7 @@ class Run:
             self.scaler.load_state_dict(loaded.state["scaler"] or self.scaler.state_dict())  # {}: it was off
             self.progress = Counter({key: loaded.progress[key] for key in BUDGETS})
         self.print(f"resume  {config.out_dir} after step {step}")
-        return step, read_log(config.out_dir, up_to=step)
+        return step, lines
 
     def write_folder(self, lines):
         """config.json says how the run was made; the log loses what came after the checkpoint."""

@@ -53,7 +53,7 @@ def load(cls, usage, rules=(), argv=None, allow_words=True):
     return config, words
 
 def read_config_file(cls, path):
-    """The settings that a config file assigns. Its imports and its names with a leading _ are its own."""
+    """The settings that a config file assigns, of all its names but modules and those with a leading _."""
     if not os.path.isfile(file := path if os.path.exists(path) else os.path.join(ROOT, path)):
         near = difflib.get_close_matches(os.path.basename(path), os.listdir(ROOT / "config"), n=1, cutoff=0.0)
         fail(f"no config file {path} (did you mean config/{near[0]}?)")

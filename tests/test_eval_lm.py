@@ -30,7 +30,7 @@ CASES = {  # {runs} has two copies of the tiny run, of which `early` ends at ste
 MISTAKES = {  # and what the one line says
     "no data": ("{runs}/run", "data = : data must name"),
     "bad step": ("{runs}/run --step=last --data={here}/data", "step = last"),
-    "numbers": ("{runs}/run --data={here}/numbers", "holds no text in its column text"),
+    "numbers": ("{runs}/run --data={here}/numbers", "not only text, in its column text"),
 }
 
 def write(path, texts, column="text"):

@@ -222,7 +222,8 @@ def test_early_stopping_keeps_the_best(loaded, monkeypatch, patience, epochs, be
     assert torch.equal(head.weight, weights[best - 1]) and not torch.equal(weights[0], weights[1])
 
 RUN = "{here}/a {here}/b --uner_dir={here}/uner --epochs=3 --head_epochs=8 --lr=3e-3 --batch_size=5 --seeds=2"
-MISTAKES = {"": "name a run folder", "{here}/a --mode=heads": "mode", "{here}/a --train=tl_trg": "train",
+MISTAKES = {"": "name a run folder", "{here}/a --length=1": "length = 1", "{here}/a --mode=heads": "mode",
+            "{here}/a --train=tl_trg": "train",
             "{here}/a --test=da_dtt": "da_dtt", "{here}/a --train=hr_set": "no train and dev file of hr_set"}
 
 @pytest.fixture(scope="module")

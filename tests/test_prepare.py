@@ -373,6 +373,7 @@ def test_docstrings_of_packages(tmp_path):
 # Mistakes and damage
 
 MISTAKES = {
+    "--source=none.jsonl": "there is no file or folder none.jsonl",
     "--source=good.jsonl --column=body": "no column 'body', but id, text",
     "--source=good.jsonl --column=id": "holds int, not text",
     "--source=bad.jsonl": "cannot read bad.jsonl: line 2: Unterminated string",
@@ -399,6 +400,15 @@ def test_mistakes_are_one_line(line, tmp_path, monkeypatch, capfd):
     output, errors = capfd.readouterr()
     assert end.value.code == 2 and output == "" and not list(tmp_path.glob("data/*/meta.json"))
     assert re.fullmatch(f"error: .*{re.escape(MISTAKES[line])}.*\n", errors)
+
+def test_a_run_of_that_name_is_left_alone(tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    write_jsonl(tmp_path / "good.jsonl", ["A text."])
+    with pytest.raises(SystemExit):
+        build(tmp_path / "run", f"--source={tmp_path}/good.jsonl")
+    assert "holds a run or a model" in capfd.readouterr().err
+    assert os.listdir(tmp_path / "run") == ["config.json"]
 
 @pytest.mark.parametrize("damage", ["flipped train.bin", "short val.bin", "flipped tokenizer.tiktoken",
                                     "ids val.bin"])

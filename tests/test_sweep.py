@@ -18,18 +18,19 @@ import sweep
 
 def test_commands(tmp_path):
     study = tmp_path / "study.py"
-    study.write_text('base = "a.py --x=1"\narms = {"one": "--y=2", "two, three": "--z=3"}\nseeds = [4, 5]')
+    arms = '{"one": "--n_way=2", "two, three": "--n_way=3"}'
+    study.write_text(f'base = "--lr=0.1"\narms = {arms}\nseeds = [4, 5]')
     words = [[study], ["config/train_11m.py", "--seeds=2", "--inner_lr=0.2,0.6", "--n_way=4,8"],
-             ["--w=6,7", study, "--seeds=3,"]]
+             ["--k_shot=6,7", study, "--seeds=3,"]]
     listed = [done.stdout.splitlines() for done in run_many(
         "sweep.py", [[*of_study, "--list=True", "--out=o"] for of_study in words])]
     assert listed[0] == [
-        "python train.py a.py --x=1 --y=2 --seed=4 --out_dir=o/study/one/seed4",
-        "python train.py a.py --x=1 --z=3 --seed=4 '--out_dir=o/study/two, three/seed4'",
-        "python train.py a.py --x=1 --y=2 --seed=5 --out_dir=o/study/one/seed5",
-        "python train.py a.py --x=1 --z=3 --seed=5 '--out_dir=o/study/two, three/seed5'"]
+        "python train.py --lr=0.1 --n_way=2 --seed=4 --out_dir=o/study/one/seed4",
+        "python train.py --lr=0.1 --n_way=3 --seed=4 '--out_dir=o/study/two, three/seed4'",
+        "python train.py --lr=0.1 --n_way=2 --seed=5 --out_dir=o/study/one/seed5",
+        "python train.py --lr=0.1 --n_way=3 --seed=5 '--out_dir=o/study/two, three/seed5'"]
     assert len(listed[1]) == 8 and "--inner_lr=0.6 --n_way=4 --seed=1" in listed[1][6]
-    assert listed[2][1] == "python train.py a.py --x=1 --y=2 --w=7 --seed=3 '--out_dir=o/study/one w=7/seed3'"
+    assert "--n_way=2 --k_shot=7 --seed=3 '--out_dir=o/study/one k_shot=7/seed3'" in listed[2][1]
     mistakes = {"name one file": ["--jobs=2"], "no arm three": [study, "--baseline=three"],
                 "--key=value,value": [study, "--seed=3"], "5,7": [study, "--seeds=x"],
                 "seeds = 0": [study, "--seeds=0"],

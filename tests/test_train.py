@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from contextlib import suppress
@@ -220,8 +221,12 @@ def results(quick_start, tmp_path_factory):
     state = json.loads((poisoned / "state.json").read_text())
     state["sha256"]["model.safetensors"] = sha256_of(poisoned / "model.safetensors")
     (poisoned / "state.json").write_text(json.dumps(state))
-    for name in ("pruned", "not finite"):
+    log = copy("short log") / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[40:]))
+    for name in ("pruned", "not finite", "short log"):
         case(name, resume=True, max_steps=STEPS + 10)
+    case("lowered", resume=True, max_steps=STEPS - 10, out_dir=here / "raised")
+    case("a checkpoint", resume=True, out_dir=here / "raised/step_000160")
     with filelock.FileLock(here / "locked/.lock"):
         return here, dict(zip(cases, run_many("train.py", cases.values(), report=False), strict=True))
 
@@ -259,7 +264,8 @@ def test_schedules(results, quick_start):
 MISTAKES = {  # name: what the one line says
     "bad lr": "lr = 2.0", "bad block_size": "block_size = 1000000",
     "taken": "--resume=True", "nothing to resume": "--out_dir", "locked": "locked",
-    "other seed": "seed = 0", "no corpus": "data/prepare.py", "pruned": "step_000080"}
+    "other seed": "seed = 0", "no corpus": "data/prepare.py", "pruned": "step_000080",
+    "short log": "lacks steps up to 160", "lowered": "170 steps are done", "a checkpoint": "holds a model"}
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_line(results, name):
@@ -330,16 +336,17 @@ def test_collapse_is_decided_from_the_log_and_a_resumed_run_decides_the_same(qui
 def test_a_folder_with_no_step_yet_may_be_begun_again(tmp_path, capsys):
     """A run that failed at once; not the folder of a model, nor a run that has steps."""
     run, answers = SimpleNamespace(config=SimpleNamespace(out_dir=tmp_path, resume=False)), []
-    (tmp_path / "config.json").write_text("{}")
     steps = [json.dumps({"step": step, "kind": "eval"}) + "\n" for step in range(2)]
-    for log in (None, "", steps[0], "".join(steps)):
-        if log is not None:
-            (tmp_path / "log.jsonl").write_text(log)
+    ours = '{"corpus_hash": "x"}'
+    for config, log in ((None, ""), ("{}", ""), (ours, ""), (ours, steps[0]), (ours, "".join(steps))):
+        if config:
+            (tmp_path / "config.json").write_text(config)
+        (tmp_path / "log.jsonl").write_text(log)
         with suppress(SystemExit):
             Run.open_folder(run)
-        files.locks.pop().release()
-        answers.append("already holds a run" in capsys.readouterr().err)
-    assert answers == [True, False, False, True]
+            files.locks.pop().release()
+        answers.append(re.findall("holds a (model|run)", capsys.readouterr().err))
+    assert answers == [[], ["model"], [], [], ["run"]]
 
 @pytest.mark.slow
 def test_missing_corpus_is_built(quick_start, tmp_path):
