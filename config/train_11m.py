@@ -8,6 +8,8 @@ import sys
 
 import torch
 
+from plumbing import machine
+
 d_model, n_layers, n_heads, n_kv_heads, d_ff = 96, 12, 12, 4, 384
 out_dir = "out/11m"
 meta_ratio = 0.5  # half of the steps are meta steps; 0 is the vanilla baseline
@@ -29,6 +31,5 @@ else:
     batch_size, block_size = 16, 128  # many small steps learn more a minute than few large ones
     episodes_per_step, episode_len = 4, 16  # many short windows taught more than few long ones (LOG.md)
     max_steps, lr, warmup_steps = 1200, 3e-3, 100  # few steps need a larger lr than the paper's
-    _can = torch.cpu.get_capabilities()
-    if not (_can.get("avx512_bf16") or _can.get("amx_bf16") or _can.get("bf16")):
+    if machine.choose_dtype("auto", torch.device("cpu")) == torch.float32:
         max_steps = 450  # without bfloat16 a step takes four times as long; --max_steps=1200 takes all
