@@ -7,18 +7,18 @@
 A row of these files (json, jsonl, csv, tsv, also .gz, or parquet) has a sentence and its class.
 
 Three classifiers see K examples of each class (the support) and answer for others (the query):
-adapt      training's inner loop, `maml.adapt`, from a head with a zero last layer; only it adapts
+adapt      training's inner loop, `maml.adapt`, from a head with a zero last layer; only the head adapts
 logistic   scikit-learn's LogisticRegression with C = 1, on features of length sqrt(d)
 prototype  the class with the nearest mean (Snell et al. 2017, arxiv.org/abs/1703.05175)
 Words are masked in the validation text. A sentence is read at its last token, or at a <|mask|> after it. All
 models get the same draws. Intervals are 1.96 standard errors, clustered by word or, for sentences, by draw;
-they leave out how seeds of training vary, which is more.
+they leave out the spread between seeds of training, which is larger.
 """
 import json
 from dataclasses import asdict, dataclass, field
 from itertools import product
 
-from plumbing import settings  # before torch: Ctrl-C is quiet soon
+from plumbing import settings  # before torch: Ctrl-C prints no traceback from here on
 from plumbing.files import attempt, fail, write_atomic
 from plumbing.settings import Count, Whole
 
@@ -45,13 +45,13 @@ class Config:
     data: str = ""  # sentences: a folder, as above, or hf:NAME or hf:NAME,CONFIG
     text_column: str = "text"  # column of the sentences
     label_column: str = "label"  # column of their classes
-    split: str = ""  # of a Hugging Face dataset, to grade on; empty takes test or else validation
+    split: str = ""  # split of a Hugging Face dataset to test on; empty: test, or else validation
     shots: str = "1,4,16"  # K, the examples of each class
-    n_episodes: Count = 64  # draws of each K; training ends with 64
+    n_episodes: Count = 64  # episodes for each K; training's last evaluation has 64
     corpus: str = ""  # folder of a prepared corpus in the models' tokens; empty takes the first run's own
     out: str = ""  # folder of the results; empty takes the first run's
-    step: int = -1  # of the checkpoints; -1 takes the newest
-    seed: Whole = 0  # of the draws and of the random weights; training's own evaluations use 0
+    step: int = -1  # step of the checkpoints; -1: the newest
+    seed: Whole = 0  # of the episodes and of the random weights; training's evaluations use 0
 
 RULES = [(lambda c: all(k.isdecimal() and int(k) for k in c.shots.split(",")),
           "shots takes numbers of examples, at least 1 each, with commas between, as 1,4,16")]
@@ -137,7 +137,7 @@ def word_tasks(config, made_with, corpus):
     N, Q, E = made_with["n_way"], made_with["q_query"], config.n_episodes
     tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [])
              for name in ("held-out words", "seen words")]
-    known = {task.name: {} for task in tasks}  # a window's bytes -> (number, window)
+    index_of = {task.name: {} for task in tasks}  # a window's bytes -> its index in task.examples
     for k in config.shots:
         pools = smlmt.Pools(corpus.val, corpus.token_bytes, k_shot=k, pool_seed=0, seed=config.seed,
                             eot=corpus.eot, mask=corpus.mask, **options)
@@ -156,12 +156,13 @@ def word_tasks(config, made_with, corpus):
                 places = np.concatenate([episode.support_pos, episode.query_pos])
                 # Attention is causal: what follows the place cannot matter. Equal windows are read once.
                 rows = [window[: place + 1] for window, place in zip(windows, places, strict=True)]
+                indices = index_of[task.name]
                 for row in rows:
-                    known[task.name].setdefault(row.tobytes(), (len(known[task.name]), row))
-                numbers = np.array([known[task.name][row.tobytes()][0] for row in rows])
-                task.draws[k].append((numbers[: N * k], numbers[N * k :]))
-    for task in tasks:
-        task.examples = [row for _, row in known[task.name].values()]
+                    if row.tobytes() not in indices:
+                        indices[row.tobytes()] = len(task.examples)
+                        task.examples.append(row)
+                indices = np.array([indices[row.tobytes()] for row in rows])
+                task.draws[k].append((indices[: N * k], indices[N * k :]))
     return [task for task in tasks if task.draws]
 
 def sentence_tasks(config):
@@ -175,7 +176,8 @@ def sentence_tasks(config):
         rows = {name: [read_columns(columns, hub_rows, name, part or None, s) for s in ("train", split)]}
     else:
         files, rows = text_files(config.data), {}
-        for name in sorted(name[:-6] for name in files if name.endswith("_train")) or ["<task>"]:
+        names = sorted(name.removesuffix("_train") for name in files if name.endswith("_train"))
+        for name in names or ["<task>"]:
             with attempt(f"read {config.data}", "a task is two files, <task>_train and <task>_test"):
                 rows[name] = [read_files(files[f"{name}_{end}"], columns) for end in ("train", "test")]
     for name, splits in rows.items():
@@ -214,7 +216,8 @@ def evaluate(task, name, loaded):
     made_with = asdict(TrainConfig()) | loaded.settings  # defaults, for a model that train.py did not make
     model, tokenizer = loaded.model, loaded.tokenizer
     labels = torch.from_numpy(task.labels)
-    drawn = np.unique(np.concatenate([of_part for draw in sum(task.draws.values(), []) for of_part in draw]))
+    parts = [part for draws in task.draws.values() for draw in draws for part in draw]  # indices
+    drawn = np.unique(np.concatenate(parts))
     rows = [task.examples[i] for i in drawn]  # only these are read
     if isinstance(rows[0], str):  # a sentence becomes ids: its last block_size
         after = [tokenizer.mask] if made_with["readout"] == "mask" else []
@@ -256,7 +259,8 @@ def main():
     first = models[paths[0]]
     made_with = asdict(TrainConfig()) | first.settings
     folder = config.corpus or f"{made_with['data_dir']}/{made_with['dataset']}"
-    problem = max(corpus_problem(loaded, folder) for loaded in models.values())  # "" if there is none
+    problems = [corpus_problem(loaded, folder) for loaded in models.values()]
+    problem = next(filter(None, problems), "")
     if problem:
         print(f"left out: {problem}")
     tasks = [] if problem else word_tasks(config, made_with, load_corpus(folder))

@@ -14,7 +14,7 @@ intervals over documents; the seed of training varies more than they show.
 import json
 from dataclasses import dataclass
 
-from plumbing import settings  # before torch: Ctrl-C is quiet soon
+from plumbing import settings  # before torch: Ctrl-C prints no traceback from here on
 from plumbing.files import fail, write_atomic
 from plumbing.settings import Whole
 
@@ -80,15 +80,15 @@ def rates(totals):
     return np.stack([np.exp(nats / tokens), nats / np.log(2) / size], axis=-1)
 
 def bootstrap(totals):
-    """Rates (DRAWS, 2) of documents drawn with replacement, the same for every model."""
+    """Rates (DRAWS, 2) of D documents drawn with replacement, the same for every model; (1, 2) if D = 1."""
     D = len(totals)
-    counts = np.random.default_rng(0).multinomial(D, np.full(D, 1 / D), DRAWS)  # (DRAWS, D)
+    counts = np.random.default_rng(0).multinomial(D, np.full(D, 1 / D), DRAWS if D > 1 else 1)  # (DRAWS, D)
     return rates(counts[(counts @ totals)[:, 2] > 0] @ totals)  # without draws of only empty documents
 
 def with_interval(key, number, draws):
-    """A number by its key, and its 95% interval if draws (DRAWS,) differ: those of one document do not."""
-    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
-    return {key: number} | ({f"{key}_interval": [low, high]} if low < high else {})
+    """A number by its key, and its 95% interval, from draws. One document alone gives none."""
+    interval = {f"{key}_interval": np.percentile(draws, (2.5, 97.5)).tolist()} if len(draws) > 1 else {}
+    return {key: number} | interval
 
 def summary(totals):
     """The metrics of documents, given nats, tokens and bytes of each (D, 3)."""
@@ -129,13 +129,13 @@ def cell(metrics, key, form):
 
 def table(result):
     """The metrics of a model's last step as text, a row for each domain."""
-    rows, difference = {}, result.get("difference")
+    rows, minus = {}, result.get("difference")
     for domain, metrics in list(result["steps"].values())[-1].items():
         rows[domain] = {"documents": f"{metrics['documents']:,}", "bytes": f"{metrics['bytes']:,}",
                         "perplexity": cell(metrics, "perplexity", ".2f"),
                         "bits per byte": cell(metrics, "bits_per_byte", ".3f")}
-        if difference:
-            rows[domain][f"minus {difference['from']}"] = cell(difference[domain], "bits_per_byte", "+.3f")
+        if minus:
+            rows[domain][f"minus {minus['from']}"] = cell(minus[domain], "bits_per_byte", "+.3f")
     return pd.DataFrame(rows).T.to_string()
 
 def main():

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.request import urlopen
 
-from plumbing import figures, settings  # before torch: Ctrl-C is quiet soon
+from plumbing import figures, settings  # before torch: Ctrl-C prints no traceback from here on
 from plumbing.files import ROOT, attempt, fail, read_json, write_atomic
 from plumbing.settings import Count, Positive, Whole
 
@@ -72,7 +72,7 @@ class Config:
     step: int = -1  # of the checkpoints; -1 takes the newest
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
 
-RULES = [(lambda c: c.length > 1 + c.twice, "length must be at least 2, with twice 3")]
+RULES = [(lambda c: c.length > 1 + c.twice, "length must be at least 2, or 3 with twice=True")]
 
 def read_iob2(path):
     """The sentences of a file that has a line for each word and a blank line after each sentence."""

@@ -12,7 +12,7 @@ Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `ad
 * Features are divided by sqrt(d). Those of a final RMSNorm then have a length of about 1, and one inner
   learning rate serves every width.
 
-    head = init_head(d_model, n_way=4)
+    head = {name: p.requires_grad_() for name, p in init_head(d_model, n_way=4).items()}
     loss, metrics = episode_loss(head, support, labels, query, labels, lr=2.5, steps=10)
     loss.backward()  # of features support and query, (E, M, d), and labels (E, M) in 0..3
 

@@ -6,7 +6,7 @@
 """
 from dataclasses import dataclass
 
-from plumbing import settings  # before torch: Ctrl-C is quiet soon
+from plumbing import settings  # before torch: Ctrl-C prints no traceback from here on
 from plumbing.files import fail
 from plumbing.settings import Count, Prompt, Whole
 

@@ -3,7 +3,7 @@ EMNLP, 2020.emnlp-main.38).
 
 Choose N words. For each, find K + Q places in the text where it stands, and mask it there. K of these
 windows, the support, are shown with the answer; the other Q, the query, ask for it. The answer is not the
-word but a label 0..N-1, permuted anew in every task (episode). So there is nothing to remember from one task
+word but a label 0..N-1, shuffled anew in every task (episode). So there is nothing to remember from one task
 to the next. What can be learnt over many of them is how to learn a word from K examples.
 
 What a Sampler makes of a text of six words (limits on length and frequency aside):

@@ -29,12 +29,12 @@ def in_float64(tensor):
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
-def svdvals(matrix):
-    """Singular values (..., n) of a float64 matrix, descending. NaN where LAPACK fails, not an error."""
+def or_nan(solve, matrix):
+    """solve(matrix), eigenvalues or singular values (..., n). Where LAPACK fails, NaN: it ends no run."""
     try:
-        return torch.linalg.svdvals(matrix.cpu())
+        return solve(matrix)
     except torch.linalg.LinAlgError:
-        return torch.full((*matrix.shape[:-2], min(matrix.shape[-2:])), math.nan)
+        return matrix.new_full((*matrix.shape[:-2], min(matrix.shape[-2:])), math.nan)
 
 def singular_values(matrix):
     """The singular values of an (m, n) matrix, descending: (min(m, n),) in float64. NaN if it is not finite.
@@ -47,11 +47,11 @@ def singular_values(matrix):
         return np.full(len(matrix), np.nan)
     largest = matrix.abs().max().item() or 1.0  # as the unit, so that no square overflows or vanishes
     matrix = matrix / largest
-    squares = torch.linalg.eigvalsh(matrix @ matrix.mT).clamp(min=0)  # (n,), ascending
+    squares = or_nan(torch.linalg.eigvalsh, matrix @ matrix.mT).clamp(min=0)  # (n,), ascending
     values = squares.sqrt().flip(0)
-    error = len(squares) * torch.finfo(torch.float64).eps * squares[-1]  # of an eigenvalue, at most
-    if ((squares + error).sqrt().sum() - values.sum()) > 1e-7 * values.sum():
-        values = svdvals(matrix)
+    error = len(squares) * torch.finfo(torch.float64).eps * squares[-1]  # bound on an eigenvalue's rounding
+    if not (squares + error).sqrt().sum() - values.sum() <= 1e-7 * values.sum():  # too large, or NaN
+        values = or_nan(torch.linalg.svdvals, matrix.cpu())
     return values.cpu().numpy() * largest
 
 def rank_of(values):
@@ -70,7 +70,7 @@ def proportional_effective_rank(matrix):
     return effective_rank(matrix) / min(matrix.shape)
 
 def ov_values(attention):
-    """Singular values (H, D) of each head's W_O W_V: what it writes for what it reads. All others are 0."""
+    """Singular values (H, D) of each head's W_O W_V: from what it reads to what it writes. Others are 0."""
     H, K, D = attention.n_heads, attention.n_kv_heads, attention.head_dim
     o = in_float64(attention.o_proj.weight).unflatten(1, (H, D)).transpose(0, 1)  # (H, C, D)
     v = in_float64(attention.v_proj.weight).unflatten(0, (K, D)).mT  # (K, C, D)
@@ -78,14 +78,14 @@ def ov_values(attention):
     if not (o.isfinite().all() and v.isfinite().all()):
         return np.full((H, D), np.nan)
     product = torch.linalg.qr(o).R @ torch.linalg.qr(v).R.mT  # an orthogonal factor changes no singular value
-    return svdvals(product).numpy()
+    return or_nan(torch.linalg.svdvals, product.cpu()).numpy()
 
 def head_entropy(q, k):
     """Mean entropy (H,) of the causal attention of q (B, H, T, D) on k (B, K, T, D): 1 is uniform."""
     B, H, T, D = q.shape
     k = k.float().repeat_interleave(H // k.size(1), dim=1).mT  # (B, H, D, T)
     total = torch.zeros(H, dtype=torch.float64)
-    chunk = max(1, 2**22 // (B * H * T))  # of rows: about four million scores are in memory
+    chunk = max(1, 2**22 // (B * H * T))  # query rows at a time: about four million scores
     for first in range(1, T, chunk):
         end = min(first + chunk, T)
         length = torch.arange(first + 1, end + 1, device=q.device)  # (chunk,) positions that each row sees
@@ -163,18 +163,19 @@ def summary(measured):
     return {name: float(shares.mean()) for name, shares in finite.items() if shares.size}
 
 # ----------------------------------------------------------------------------------------------------
-# The signal
+# The collapse detector
 
 SIGNAL = "per/weights/down"  # depends on no batch, and scatters little
 WIDTH, BEFORE, AFTER = 10, slice(0, 4), slice(6, 10)  # evaluations of a window; those before and after a drop
 # STEP_WEIGHTS @ window is the height of its step, by least squares; the gap has no weight. SPREAD is the
 # standard deviation of that height in a random walk of unit increments: one shifts all later values.
-times = np.r_[BEFORE, AFTER]
-STEP_WEIGHTS = np.insert(np.linalg.pinv(np.stack([times**0, times, times >= 6], axis=1))[2], 4, [0, 0])
+places = np.r_[BEFORE, AFTER]
+design = np.stack([places**0, places, places >= 6], axis=1)  # (8, 3): level, slope, step
+STEP_WEIGHTS = np.insert(np.linalg.pinv(design)[2], 4, [0, 0])  # (10,)
 SPREAD = math.sqrt((STEP_WEIGHTS[::-1].cumsum()[:-1] ** 2).sum())
 
 def collapse(values):
-    """The first sustained drop in a sequence: (index after the fall, share of the level before), or None.
+    """The first sustained drop in a sequence: (index after it, its size over the level before), or None.
 
     A window of ten values is fitted by a line plus a step between its first four and its last four. It counts
     if each of the last four lies below each of the first, and the step exceeds 5% of their level and 3.5
@@ -210,11 +211,11 @@ class Config:
     corpus: str = ""  # folder of a prepared corpus in the model's tokens; empty takes the run's own
 
 INCIDENTAL = """out_dir data_dir seed device dtype compile resume micro_batch_size micro_episodes log_interval
-eval_interval ckpt_interval wandb wandb_project wandb_id git argv system versions""".split()  # make no arm
+eval_interval ckpt_interval wandb wandb_project wandb_id git argv system versions""".split()  # are no arm's
 
 def full_log(path, config):
     """A run's log, with spectra of its checkpoints if it has none. A model without a log has one line."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # here, so that this file can be copied alone
     from plumbing import checkpoint, corpus, files, run
     log = run.read_log(path)
     evals = {line["step"]: line for line in log if line["kind"] == "eval"}
@@ -228,7 +229,7 @@ def full_log(path, config):
             tokens = corpus.load_corpus(text).val
             batch = probe(tokens, min(made["block_size"], loaded.model.config.block_size, len(tokens) - 1))
             measured = measure(loaded.model, *batch, partial(print, folder, file=sys.stderr))
-            loss = {} if log else {"val_loss": float(measured["loss"])}  # a log's is of other rows
+            loss = {} if log else {"val_loss": float(measured["loss"])}  # a log's is over other rows: keep it
             line = {"step": loaded.step, "kind": "eval", **loaded.progress, **loss}
             evals[loaded.step] = line | evals.get(loaded.step, {}) | summary(measured)
     if os.path.exists(f"{path}/eval_lm.json"):
@@ -264,7 +265,7 @@ def sooner(*arms):
     start = reached(evals[first], end["val_loss"])
     times = ", ".join(f"{end[x] / start[x]:.2f} in {x}" for x in start if start[x])
     return (f"{second} ended with validation loss {end['val_loss']:.4f}, which {first} reached at "
-            f"step {start['step']:,.0f}. Times sooner: {times}")
+            f"step {start['step']:,.0f}. Speed-up: {times}")
 
 def main():
     from plumbing import checkpoint, figures, files, settings

@@ -1,8 +1,8 @@
-"""Many runs of train.py, arms times seeds, and then a table with error bars.
+"""Train every arm with every seed, then write a table with error bars.
 
     python sweep.py studies/mix.py --jobs=2                # a study: arms with names, see there
     python sweep.py config/train_11m.py --seeds=3 --inner_lr=0.2,0.6,2 --meta_ratio=0.25,0.5
-    python sweep.py studies/mix.py --list=True             # a command a line, for other machines
+    python sweep.py studies/mix.py --list=True             # one command per line, for other machines
     python sweep.py studies/mix.py --report=True           # the table of the runs that are there
 
 A study is a Python file with `base` (words for train.py), `arms` (name -> more words), `seeds`, and perhaps
@@ -10,9 +10,9 @@ A study is a Python file with `base` (words for train.py), `arms` (name -> more 
 go to out/<study>/<arm>/seed<k>. The same command continues: what is finished is kept, the rest is resumed.
 
 Runs of one seed see the same rows at the same step, so that arms are compared with the baseline seed by seed.
-Intervals are 95%, by Student's t over seeds; those of accuracy speak of the words in these tasks, which all
-runs share. Of a single seed they are clustered by word. p is of the paired t test, corrected by Holm over the
-whole table; table.csv also has that of an exact sign-flip test.
+Intervals are 95%, by Student's t over seeds; with one seed, an accuracy's is by word. All runs are asked
+about the same words: an accuracy's interval says nothing of others. p is of the paired t test, corrected by
+Holm over the whole table; table.csv also has that of an exact sign-flip test.
 """
 import contextlib
 import os
@@ -43,7 +43,7 @@ from spectra import reached
 
 @dataclass
 class Config:
-    seeds: str = ""  # 3 is 0, 1, 2; 5,7 are those two; 3, is that one; empty takes the study's, or seed 0
+    seeds: str = ""  # a count (3: seeds 0, 1, 2) or numbers (5,7, or 3, for one); empty: the study's, or 0
     jobs: Count = 1  # runs side by side, each with its share of the cores, or a GPU
     baseline: str = ""  # the arm that others are compared with; empty takes the first
     report: bool = False  # only write the table
@@ -56,7 +56,7 @@ METRICS = {  # column: heading; most are in the last evaluation of a run
     "ner_f1": "NER, mean strict F1", "lm_tokens": "LM tokens", "flops": "FLOPs", "seconds": "seconds",
     "steps_to": "steps to the baseline's loss", "lm_tokens_to": "LM tokens to it", "flops_to": "FLOPs to it"}
 RULES = [(lambda c: re.fullmatch(r"(?!0+$)(\d+(,\d+)*,?)?", c.seeds),
-          "seeds takes 3 for 0, 1, 2, or 5,7 for those, or 3, for that one")]
+          "seeds is a count, as 3 for 0, 1, 2, or numbers, as 5,7; a single number has a comma: 3,")]
 TESTED = "val_loss heldout_query_acc val_query_acc ner_f1".split()
 
 # --------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def stop(number, frame):
         os.write(2, b"\nstopping: each run saves (once more to leave at once)\n")
 
 def train_and_evaluate(run, words, evaluate, environment):
-    """One run, away from the Ctrl-C that this process gets. Returns whether all went well."""
+    """One run, in a session of its own: only `stop` passes Ctrl-C on. Returns whether all went well."""
     train = ["train.py", *words] + ["--resume=True"] * (run / "config.json").exists()
     after = [shlex.split(command.format(run=shlex.quote(str(run)))) for command in evaluate]
     for script, *arguments in after if finished(run) else [train, *after]:
@@ -100,10 +100,11 @@ def run_all(jobs, commands, evaluate):
     """All runs, `jobs` side by side, each with its share of the machine. Returns whether all went well."""
     jobs = max(1, min(jobs, len(commands)))  # none is left if all folders are damaged
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = gpus.split(",")
     threads, waiting = max(1, os.cpu_count() // jobs), iter(commands.items())
 
     def work(number):
-        gpu = gpus.split(",")[number % len(gpus.split(","))]
+        gpu = gpus[number % len(gpus)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu}
         # Workers take the next run from `waiting`. all() alone would stop at a run that failed: hence a list.
         return all([train_and_evaluate(run, words, evaluate, environment) for run, words in waiting])
@@ -133,7 +134,7 @@ def finished(run):
     return last > 0 and (collapsed or last == read_json(run / "config.json").get("max_steps"))
 
 def damaged(run):
-    """Whether a file of a run's folder cannot be read, which is told."""
+    """Whether a file in a run's folder cannot be read; `finished` prints why."""
     try:
         finished(run)
     except SystemExit:
@@ -155,7 +156,7 @@ def results(commands, baseline):
                if entry["mode"] == "head" and Path(entry["system"]).parts[-2:] == run.parts[-2:]]
         row = {"arm": run.parent.name, "seed": int(run.name[4:]), "run": run, **lines[-1],
                "ner_f1": np.mean(ner) if ner else np.nan}
-        goal = final.get(run.parents[1] / baseline / run.name, -np.inf)  # without it nobody arrives
+        goal = final.get(run.parents[1] / baseline / run.name, -np.inf)  # no run reaches that
         if min(line["val_loss"] for line in lines) <= goal:
             for x, place in reached(lines, goal).items():
                 row["steps_to" if x == "step" else f"{x}_to"] = place
@@ -191,7 +192,7 @@ def table(frame, baseline):
     return rows
 
 def markdown(rows, baseline):
-    """The table for people: an arm a line."""
+    """The table for people: one line per arm."""
     metrics = [metric for metric in METRICS if metric in set(rows["metric"])]
     lines = [["arm, n", *(METRICS[metric] for metric in metrics)], ["---"] * (1 + len(metrics))]
     for arm, of_arm in rows.groupby("arm", sort=False):
@@ -258,7 +259,7 @@ def read_study(path, grid, config):
         arms[name] = f"{words} {shlex.join(values)}"
     baseline = config.baseline or next(iter(arms))
     if baseline not in arms:
-        fail(f"no arm {baseline}, but {', '.join(arms)}")
+        fail(f"no arm {baseline}; the arms are {'; '.join(arms)}")
     seeds = study.get("seeds", [0])
     if config.seeds:
         seeds = [int(seed) for seed in config.seeds.split(",") if seed]
@@ -279,15 +280,15 @@ def main():
         fail("name one file: a study, studies/<name>.py, or a configuration (see --help)")
     with attempt(f"read {path}", "a study has base, arms and seeds: see --help"):
         commands, baseline, evaluate = read_study(path, grid, config)
-    for words in commands.values():
+    for words in [] if config.report else commands.values():
         settings_of(words)  # a mistake in them ends the program
     if config.list:
         return print(*(shlex.join(["python", "train.py", *words]) for words in commands.values()), sep="\n")
-    whole = {run: words for run, words in commands.items() if not damaged(run)}
-    all_well = config.report or run_all(config.jobs, whole, evaluate)
+    readable = {run: words for run, words in commands.items() if not damaged(run)}
+    all_well = config.report or run_all(config.jobs, readable, evaluate)
     if not stopped.is_set():
-        report(Path(config.out, Path(path).stem), whole, baseline)
-    sys.exit(not (all_well and whole == commands))
+        report(Path(config.out, Path(path).stem), readable, baseline)
+    sys.exit(not (all_well and readable == commands))
 
 if __name__ == "__main__":
     main()

@@ -214,7 +214,7 @@ def val_loss(begin, end):
     return run.all_reduce(total).item() / n_rows
 
 def grade_queries(n_episodes, heldout, head):
-    """(3, episodes, N*Q): whether correct before adaptation, and after it; the id of the word. Else 0."""
+    """(3, episodes, N*Q): correct before adaptation, correct after it, the word's id. Others' episodes: 0."""
     graded = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
     for part in run.micro_batches(n_episodes, "meta"):
         episodes = [val_pools.sampler(0).episode(i, heldout) for i in range(part.start, part.stop)]
@@ -247,7 +247,7 @@ def evaluate(n_episodes):
 began = step = run.start(model, head, optimizer, scaler)  # 0, or the step of the newest checkpoint
 while True:
     last_step = step >= config.max_steps
-    # A resumed run has evaluated the step that it resumes from.
+    # A resumed run may have evaluated the step that it resumes from.
     if (last_step or step % config.eval_interval == 0) and step not in run.evals:
         run.log_eval(step, evaluate(n_episodes=64 if last_step else 8))
         if config.on_collapse != "off" and not run.collapse:

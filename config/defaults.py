@@ -13,7 +13,7 @@ class Config:
     data_dir: str = str(ROOT / "data")  # where the prepared corpora are
     seed: Whole = 0  # of the initial weights and of all random choices
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute; auto finds a GPU
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; float32 is TF32 on GPUs
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls; float32 is TF32 on GPUs
     compile: bool = True  # torch.compile the block and the loss, where the machine has a compiler
     resume: bool = False  # continue from the newest checkpoint in out_dir
     wandb: bool = False  # also log to Weights & Biases; WANDB_MODE=offline keeps it for `wandb sync`
@@ -24,19 +24,19 @@ class Config:
     n_heads: Count = 12  # query heads
     n_kv_heads: Count = 4  # key/value heads
     d_ff: Count = 384  # hidden width of the SwiGLU
-    block_size: Count = 512  # tokens in a row, which is a training sequence
+    block_size: Count = 512  # tokens of a row, a training sequence
     # Optimization
     batch_size: Count = 64  # rows in a language-model step, over all processes
     micro_batch_size: Whole = 0  # rows at a time in a process; 0: all that fit in half a GPU's memory
     max_steps: Count = 6000  # optimizer steps of any kind
     lr: Positive = 3e-4  # peak learning rate of AdamW, the outer loop
     warmup_steps: Whole = 2500  # steps from 0 to the peak
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of lr after warm-up; two fall to 0
     weight_decay: Share = 0.1  # on matrices only
     grad_clip: Positive = 1.0  # largest norm of the gradient
     # Episodes
     mix: Literal["alternate", "joint", "inline"] = "alternate"  # a coin; both losses; both, on the same rows
-    meta_ratio: Share = 0.0  # share of meta steps (paper: 0.5); 0 is vanilla. joint, inline: any above 0
+    meta_ratio: Share = 0.0  # share of meta steps (paper: 0.5); 0: none, vanilla. joint, inline: above 0
     meta_weight: float = 0.1  # weight of the meta loss in joint and inline
     n_way: Count = 16  # words to tell apart in an episode
     k_shot: Count = 4  # support windows of each word
@@ -47,17 +47,17 @@ class Config:
     readout: Literal["before", "mask", "last"] = "before"  # the token whose features are read
     word_min_count: Count = 20  # least occurrences of a word in the pool
     word_max_count: Count = 5000  # most occurrences of a word
-    pool_tokens: Count = 10_000_000  # text in memory for episodes; redrawn every 1,000 steps
-    on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # then stop, end meta steps, or begin them
+    pool_tokens: Count = 10_000_000  # tokens that episodes are drawn from; redrawn every 1,000 steps
+    on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # stop, end meta steps, begin them
     # Inner loop
     inner_steps: Whole = 10  # gradient steps on the support set; 0 is the multi-task control
-    inner_lr: Positive = 0.625  # their learning rate for each way: a step is inner_lr * n_way
+    inner_lr: Positive = 0.625  # inner learning rate for each way: a step is inner_lr * n_way
     second_order: bool = False  # differentiate through the inner gradients
     target: Literal["head", "attention", "mlp", "attention+mlp", "norms", "all"] = "head"  # what adapts
-    target_layers: str = ""  # in which blocks, as 0,1,5; empty is all (and the final norm, if norms or all)
+    target_layers: str = ""  # blocks that adapt, as 0,1,5; empty: all (norms, all: the final norm too)
     target_lr: Positive = 0.01  # inner learning rate of the target's parameters; inner_lr is the head's
     head_layers: Count = 1  # linear layers of the head that adapts; the paper has 4
-    head_hidden: Count = 128  # width of its hidden layers
+    head_hidden: Count = 128  # width of the head's hidden layers
     shuffle_labels: bool = False  # control: permute support labels, so that the support set teaches nothing
     # Evaluation and checkpoints
     eval_interval: Count = 250  # steps between evaluations
@@ -72,7 +72,7 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.n_heads % c.n_kv_heads == 0, "n_kv_heads must divide n_heads"),
     (lambda c: c.n_way >= 2, "n_way must be at least 2"),
     (lambda c: c.episode_len >= 16, "episode_len must be at least 16"),
-    (lambda c: c.inner_lr < 4, "inner_lr must be below 4; n_way multiplies it: 10 for 16 words is 0.625"),
+    (lambda c: c.inner_lr < 4, "inner_lr must be below 4. It is multiplied by n_way: 0.625 is 10 of 16 ways"),
     (lambda c: set(c.target_layers.split(",")) <= {"", *map(str, range(c.n_layers))},
      "target_layers are numbers of blocks below n_layers, as 0,1,5; empty is all"),
     (lambda c: c.target != "head" or not c.target_layers, "target_layers needs a target in the blocks"),

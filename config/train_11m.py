@@ -23,7 +23,7 @@ if torch.cuda.is_available() and "--device=cpu" not in sys.argv:
     if _large.exists():
         dataset = "large"
     else:
-        print("config  no corpus data/large: taking docstrings, a small one, with steps to match")
+        print("config  no corpus data/large: taking docstrings, a small one, and few steps", file=sys.stderr)
         dataset = "docstrings"
         max_steps, warmup_steps, lr = 600, 100, 2e-3  # 300 LM steps read its 5 million tokens 8 times
 else:

@@ -67,7 +67,8 @@ def weights(config):
     return list(map(float, config.weights.split(",")))
 
 RULES = [  # (what must hold, the sentence that says so); an error shows the settings that the sentence names
-    (lambda c: re.fullmatch(r"([\d.]*[1-9][\d.]*(,|$))*", c.weights) and len(weights(c)) == len(c.source),
+    (lambda c: re.fullmatch(r"((?=[\d.]*[1-9])\d*\.?\d+(,(?!$)|$))*", c.weights)
+     and len(weights(c)) == len(c.source),
      "weights must be numbers above 0, one for each source, as 8,1,1"),
     (lambda c: not c.max_tokens or len(c.source) < 2 or c.weights,
      "max_tokens of several sources needs weights, or the first source would take all"),

@@ -129,17 +129,18 @@ def load_model(path, step=-1, device="cpu"):
     if step not in (-1, *steps):
         fail(f"{path} has no checkpoint of step {step}; there is {', '.join(map(str, steps)) or 'only this'}")
     folder = steps[max(steps) if step == -1 else step] if steps else path
-    ours = bool(steps) or os.path.exists(f"{folder}/state.json")
-    remedy = "delete the folder to use the step before" if ours else "download it again"
+    ours = os.path.exists(f"{folder}/state.json")
+    remedy = "copy it again, or delete the folder to use an older step" if ours else "download it again"
     state = read_json(f"{folder}/state.json", remedy) if ours else {}
     with attempt(f"read {folder}", remedy):
-        for name in ("model.safetensors", "head.safetensors", "config.json", "tokenizer.json"):
+        named = ("model.safetensors", "head.safetensors", "config.json", "tokenizer.json")
+        for name in named if ours else ():
             check_sha256(folder, state, name)
         shape, weights = read_weights(folder)
         with torch.device("meta"):  # shapes without memory
             model = Llama(shape)
         model.load_state_dict(weights, assign=True)
-        head = load_file(f"{folder}/head.safetensors") if state else {}
+        head = load_file(f"{folder}/head.safetensors") if ours else {}
         return Loaded(folder, model.to(device).eval(), load_tokenizer(folder), head,
                       state.get("settings", {}), state.get("step", 0), state.get("progress", {}), state)
 
@@ -151,7 +152,7 @@ def load_models(paths, step=-1, device="cpu"):
 
 def check_sha256(folder, state, name):
     """ValueError: a file of a checkpoint of ours is not what was written."""
-    if state and sha256_of(f"{folder}/{name}") != state["sha256"][name]:
+    if sha256_of(f"{folder}/{name}") != state["sha256"][name]:
         raise ValueError(f"{name} does not match the sha256 in state.json")
 
 def read_weights(folder):

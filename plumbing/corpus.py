@@ -28,7 +28,7 @@ def open_text(path):
     return fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer").open()
 
 def json_rows(path, columns):
-    """A row a line, or one list of rows. Columns that nobody asked for may hold anything."""
+    """One JSON object per line, or one list of them. Columns that nobody asked for may hold anything."""
     with open_text(path) as file:
         first = file.read(100).lstrip()[:1]
         file.seek(0)
@@ -42,7 +42,7 @@ def json_rows(path, columns):
                 raise ValueError(f"line {number}: {error.msg}") from error
 
 def csv_rows(path, columns, sep=","):
-    """Cells are text, also those that say 1, NA or null."""
+    """Every cell is a str, also 1, NA and null."""
     options = {"encoding": "utf-8-sig", "dtype": str, "keep_default_na": False}
     for table in pd.read_csv(path, sep=sep, chunksize=1000, **options):
         yield from table.to_dict("records")
@@ -73,10 +73,7 @@ def inside(path, above=()):
         yield path
 
 def list_files(path):
-    """The files of text that a file, a folder or a glob pattern means, each once.
-
-    Of what a folder holds, hidden files and those of other kinds are left out; this is told.
-    """
+    """The text files at a path or glob pattern, each once. Hidden and other files are left out."""
     files, others = {}, []
     if not matches(path):
         fail(f"there is no file or folder {path}")
@@ -106,7 +103,7 @@ def text_files(path):
     return named
 
 def file_rows(path, columns):
-    """Yield the rows of a file, dicts of its columns, the wanted ones among them. A bare text is one."""
+    """Yield a file's rows: dicts that have `columns` and perhaps others. A .txt file is one row, a str."""
     with attempt(f"read {path}", "mend it or leave it out"):
         yield from READERS[suffix_of(path)](path, columns)
 
@@ -137,21 +134,26 @@ def hub_rows(name, part, split, columns):
         else:
             yield from builder.as_streaming_dataset(split)
 
-def stream(columns, rows, name, *where):
-    """Yield the wanted columns of rows(name, *where, columns) as tuples; what a row lacks is None."""
-    rows = (row if isinstance(row, dict) else {"text": row} for row in rows(name, *where, columns))
-    head = list(islice(rows, 100))  # one row of json may lack a column, but not all of these
-    there = {column: None for row in head for column in row}
-    if there and (missing := [column for column in columns if column not in there]):
-        fail(f"{name} has no column {missing[0]!r}, but {', '.join(there)} (see --help)")
-    for row in chain(head, rows):
-        cells = [row.get(column) for column in columns]  # half a surrogate pair, which UTF-8 lacks, is U+FFFD
-        yield tuple(cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                    if isinstance(cell, str) else cell for cell in cells)
+def without_surrogates(cell):
+    """A cell with U+FFFD for each half of a surrogate pair, which UTF-8 cannot encode."""
+    if not isinstance(cell, str):
+        return cell
+    return cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-def read_columns(columns, *where):
+def stream(columns, reader, name, *where):
+    """Yield the wanted columns of reader(name, *where, columns) as tuples; what a row lacks is None."""
+    rows = (row if isinstance(row, dict) else {"text": row} for row in reader(name, *where, columns))
+    head = list(islice(rows, 100))  # one row of json may lack a column, but not all of these
+    present = dict.fromkeys(chain(*head))
+    if present and (missing := [column for column in columns if column not in present]):
+        fail(f"{name} has no column {missing[0]!r}, but {', '.join(present)} (see --help)")
+    for row in chain(head, rows):
+        yield tuple(without_surrogates(row.get(column)) for column in columns)
+
+def read_columns(columns, reader, name, *where):
     """All rows as a list; see `stream`."""
-    return list(tqdm(stream(columns, *where), f"reading {where[1]}", unit=" rows", disable=None))
+    rows = stream(columns, reader, name, *where)
+    return list(tqdm(rows, f"reading {name}", unit=" rows", disable=None))
 
 def read_files(paths, columns):
     """All rows of some files: a list of tuples of the wanted columns. The column of a .txt file is `text`."""
@@ -166,13 +168,13 @@ class Corpus:
     train: np.ndarray  # (tokens,) uint16, memory-mapped
     val: np.ndarray  # (tokens,) uint16, memory-mapped
     tokenizer: object  # see plumbing/tokenizer.py
-    eot: int  # id of the end of text
+    eot: int  # id between documents
     mask: int | None  # id that never occurs in the text; None: the tokenizer has none
     vocab_size: int  # ids that a model reserves, a multiple of 64
     token_bytes: list  # id -> its bytes, empty for special tokens
     hash: str  # of the token files and the tokenizer
     sources: dict  # name -> (first, last) of its tokens in val
-    val_tokens_per_byte: float  # turns nats a token into nats a byte on the validation text
+    val_tokens_per_byte: float  # turns nats per token into nats per byte on the validation text
 
 def load_corpus(folder):
     """Open a corpus. Sizes are always checked, hashes and ids below 1 GB; damage ends the program."""
@@ -184,11 +186,11 @@ def load_corpus(folder):
         splits = []
         for name in ("train", "val"):
             tokens, counts = np.memmap(f"{folder}/{name}.bin", "<u2", "r"), meta["splits"][name]
-            sound = len(tokens) == counts["tokens"]
-            if sound and tokens.nbytes < 1e9:
-                sound = hashlib.sha256(tokens).hexdigest() == meta["sha256"][f"{name}.bin"]
-                sound = sound and tokens.max() < tokenizer.n_vocab
-            if not sound:
+            intact = len(tokens) == counts["tokens"]
+            if intact and tokens.nbytes < 1e9:
+                intact = hashlib.sha256(tokens).hexdigest() == meta["sha256"][f"{name}.bin"]
+                intact = intact and tokens.max() < tokenizer.n_vocab
+            if not intact:
                 raise ValueError(f"{name}.bin is not the one that meta.json describes")
             splits.append(tokens)
         sources = {source["name"]: tuple(source["val_range"]) for source in meta["sources"]}

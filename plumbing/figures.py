@@ -23,7 +23,7 @@ COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 k".split()
 COLORS += [matplotlib.colormaps["tab20b"].colors[i * 4 % 19] for i in range(19)]
 DASHES = ["-", "--", ":", "-."]
 DASHES += [(0, (length, 2) + (1, 2) * dots) for dots in (2, 3, 0, 4) for length in (4, 8, 14, 20)]
-warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks: one box says as much as a page
+warnings.filterwarnings("ignore", "Glyph")  # no line for each character that the font lacks
 matplotlib.rcParams.update({
     "axes.prop_cycle": matplotlib.cycler(color=COLORS),
     "text.parse_math": False, "axes.formatter.useoffset": False, "figure.constrained_layout.use": True,
@@ -40,11 +40,11 @@ def save(figure, path):
     """Write a figure as a PNG file, large enough for long names."""
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
 
-def curve(log, key, x="step"):
+def points_of(log, key, x="step"):
     """{step: (place on the axis x, number)} of the lines that have `key`."""
     return {line["step"]: (line[x], line[key]) for line in log if key in line}
 
-def warm(ax, arm, x, color):
+def mark_warmup(ax, arm, x, color):
     """A dotted line where the learning rate has warmed up."""
     points = sorted((line["step"], line[x]) for line in arm.runs[0] if x in line)
     place = np.interp(arm.settings["warmup_steps"], *zip(*points, strict=True))
@@ -64,7 +64,8 @@ def phase(arms, x, change_point=None):
     last, found = settings["n_layers"] - 1, {key for log in logs for line in log for key in line}
     blocks = {last: "last block", last // 2: f"block {last // 2}"}
     # A legend drops a label that begins with _, so names of others begin with a space.
-    sources = {key: f" {key[9:]}" for key in sorted(found) if key.startswith("val_loss/")}
+    sources = sorted(key for key in found if key.startswith("val_loss/"))
+    sources = {key: key.replace("val_loss/", " ") for key in sources}
     panels = {  # label: {key in a log: its label in the legend}
         "PER of weights": {"per/weights/down": "MLP down", "per/weights/ov": "OV circuits"},
         "PER of activations\n(after a block)": {f"per/activations/{i}": block for i, block in blocks.items()},
@@ -89,7 +90,7 @@ def draw_panel(ax, arms, keys, x, change_point):
     """The curves of all arms. Arms differ in colour, keys in dashes; the keys of a single arm in both."""
     single = len(arms) == 1
     for panel, key, color, label, n in EACH_STEP if single and len(arms[0].runs) == 1 else []:
-        if panel in keys and (points := curve(arms[0].runs[0], key, x)):
+        if panel in keys and (points := points_of(arms[0].runs[0], key, x)):
             places, numbers = zip(*points.values(), strict=True)
             mean = pd.Series(numbers).rolling(n, min_periods=1).mean()
             ax.plot(places, mean, color=color, linewidth=0.8, label=label)
@@ -97,7 +98,7 @@ def draw_panel(ax, arms, keys, x, change_point):
         for j, (key, label) in enumerate(keys.items()):
             draw_arm(ax, arm, key, x, change_point, color=f"C{j if single else i}",
                      linestyle=DASHES[j % len(DASHES)], label=label if i == 0 else None)
-        warm(ax, arm, x, "0.6")
+        mark_warmup(ax, arm, x, "0.6")
         for line in [line for log in arm.runs for line in log if line["kind"] == "collapse"]:
             ax.axvline(line[x], color=f"C{i}", linewidth=1)
     if "heldout_query_acc" in keys:
@@ -110,14 +111,14 @@ def draw_panel(ax, arms, keys, x, change_point):
 
 def draw_arm(ax, arm, key, x, change_point, color, **style):
     """The mean of an arm's runs at the steps they share, and its 95% interval; of one its standard error."""
-    runs = [curve(log, key, x) for log in arm.runs]
+    runs = [points_of(log, key, x) for log in arm.runs]
     steps = sorted(set.intersection(*map(set, runs)))
     points = np.array([[run[step] for step in steps] for run in runs]).reshape(len(runs), len(steps), 2)
     places, mean = points.mean(0).T
     if len(runs) > 1:  # Student's t over seeds
         error = stats.t.ppf(0.975, len(runs) - 1) * stats.sem(points[..., 1], axis=0)
     else:
-        errors = curve(arm.runs[0], f"{key}_se")
+        errors = points_of(arm.runs[0], f"{key}_se")
         error = np.array([errors.get(step, (0, 0))[1] for step in steps])
     ax.plot(places, mean, color=color, marker="o", markersize=2.5 if len(steps) < 40 else 0, **style)
     ax.fill_between(places, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
@@ -138,7 +139,7 @@ def heat_maps(arms, x):
         for ax, arm, numbers in zip(row, arms, maps, strict=True):  # numbers (n, L)
             numbers = numbers.dropna(how="all") if numbers.any(axis=None) else numbers
             mesh = ax.pcolormesh(numbers.index, layers, numbers.T, cmap="cividis", vmin=low, vmax=high)
-            warm(ax, arm, x, "white")
+            mark_warmup(ax, arm, x, "white")
             ax.locator_params(nbins=5, integer=True)
             ax.set(title=arm.label if ax in axes[0] else "", xlabel=AXES[x] if ax in axes[1] else "")
         row[0].set_ylabel("layer")

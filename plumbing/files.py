@@ -32,33 +32,33 @@ def reason(error):
 
 @contextlib.contextmanager
 def attempt(what, remedy):
-    """The boundary around what others wrote or run: if it fails, one line says that one cannot `what`."""
+    """Run the block; if it fails, end with "cannot WHAT: reason; REMEDY". For what others wrote or run."""
     try:
         yield
     except Exception as error:  # each library has exceptions of its own for a damaged file
         fail(f"cannot {what}: {reason(error)}; {remedy}")
 
 def report(kind, error, trace):
-    """What an exception that nobody caught prints: one line if it is a user's matter, else a traceback."""
+    """sys.excepthook: one line for what a user can mend (memory, disk, Ctrl-C), else a traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     elif issubclass(kind, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
         print("error: out of memory: lower micro_batch_size, micro_episodes or block_size", file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):
         pass  # there is nobody to tell
-    elif issubclass(kind, OSError) or kind.__name__ == "SafetensorError":  # of a full disk, both say so
+    elif issubclass(kind, OSError) or kind.__name__ == "SafetensorError":  # a full disk raises either
         path = getattr(error, "filename", None) or "a file"
         print(f"error: {path}: {reason(error)}; what was saved before is untouched", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 sys.excepthook = report
-with contextlib.suppress(AttributeError, OSError):  # of a notebook's own stream
+with contextlib.suppress(AttributeError, OSError):  # a notebook's stdout cannot be reconfigured
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a ? for it
 
 @atexit.register
 def flush_output():
-    """Print what is left, or drop it if the reader went away (`| head`); Python would complain of that."""
+    """Flush stdout. If its reader is gone (`| head`), drop the rest, where Python would complain."""
     try:
         print(end="", flush=True)  # where stdout is closed there is none
     except BrokenPipeError:
@@ -76,7 +76,7 @@ def on_signals(handler):
 def write_atomic(path, content):
     """Write bytes, a text, or what content(file) writes. `path` is the old file or the new, never half."""
     if os.path.exists(path) and not os.path.isfile(path):
-        fail(f"cannot write {path}: it is no file")  # /dev/null would become one
+        fail(f"cannot write {path}: it is not a regular file")  # /dev/null would become one
     beside = f"{path}.{os.getpid()}.tmp"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     content = content.encode() if isinstance(content, str) else content

@@ -11,14 +11,14 @@ from plumbing.files import fail
 
 def choose_device(setting, local_rank=0):
     """The torch.device that a setting (auto, cpu, cuda, mps) means for this process."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if setting == "auto":
-        setting = next(kind for kind in here if here[kind])
+        setting = next(kind for kind in available if available[kind])
         if setting == "cpu" and shutil.which("nvidia-smi"):
             cuda = torch.version.cuda
             why = f"is the driver too old for CUDA {cuda}?" if cuda else "this build of torch is for CPUs"
             print(f"system  torch finds no GPU, though nvidia-smi is here: {why}", file=sys.stderr)
-    if not here[setting]:
+    if not available[setting]:
         fail(f"device = {setting}, but torch finds none; take --device=cpu or another build of torch")
     if setting == "cpu":
         # Have glibc keep what is freed: a fresh page costs more than the arithmetic on it. The options are
@@ -29,13 +29,13 @@ def choose_device(setting, local_rank=0):
     if setting != "cuda":
         return torch.device(setting)
     if local_rank >= torch.cuda.device_count():
-        fail(f"only {torch.cuda.device_count()} GPUs for process {local_rank}: lower --nproc_per_node")
+        fail(f"process {local_rank} has no GPU, of {torch.cuda.device_count()}: lower --nproc_per_node")
     torch.cuda.set_device(local_rank)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each length, and errs (pytorch#193893)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans for each length; has a bug (pytorch#193893)
     return torch.device("cuda", local_rank)
 
 def choose_dtype(setting, device):
-    """The dtype of matrix products: bfloat16, or on older CUDA GPUs float16, where there are instructions."""
+    """The dtype of matmuls: bfloat16 where the hardware has it, float16 on older GPUs, or float32."""
     if setting != "auto":
         return getattr(torch, setting)
     if device.type == "cuda":
@@ -57,7 +57,7 @@ def not_compiled(device):
     return ""
 
 def peak_memory(device):
-    """The most memory that this process has had, in GiB; NaN on Windows, which does not say."""
+    """Peak memory of this process in GiB (on MPS what it holds now); NaN on Windows, which does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     if device.type == "mps":

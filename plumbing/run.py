@@ -1,7 +1,6 @@
 """A training run on disk and among processes: folder, log, resuming, signals. The loop is in train.py."""
 import contextlib
 import dataclasses
-import datetime
 import importlib.metadata
 import itertools
 import json
@@ -34,12 +33,12 @@ BUDGETS = "lm_tokens episode_tokens support_tokens query_tokens flops seconds".s
 SHOWN = "lm_loss meta_loss query_acc_before query_acc inline_words lr grad_norm skipped loss_scale".split()
 
 class Run:
-    """What train.py asks for: device, dtype, compile, rank, world; stopping, evals and collapse so far."""
+    """A run: its processes, device, folder, log and progress. `stopping`: a signal has asked it to end."""
 
     def __init__(self, config):
         self.config, self.signal, self.stopping = config, None, False
         self.tracker, self.log_file = None, None
-        # Set by torchrun. Without an address to meet at they are a cluster scheduler's, and not for us.
+        # Set by torchrun. Without the address a cluster's scheduler has set them: ignore those.
         launch = os.environ if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() else {}
         self.rank, local_rank = (int(launch.get(key) or 0) for key in ("RANK", "LOCAL_RANK"))
         self.world = int(launch.get("WORLD_SIZE") or 1)
@@ -57,9 +56,7 @@ class Run:
         compiled = f"not compiled ({why_not})" if why_not else "compiled"
         self.print(f"system  {self.world} x {where}, {str(self.dtype)[6:]} products, {compiled}")
         if self.world > 1:
-            patience = datetime.timedelta(minutes=10)  # others wait while one writes a checkpoint
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=patience,
-                                    device_id=self.device if gpu else None)
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None)
         if self.rank == 0:
             self.open_folder()
 
@@ -68,8 +65,8 @@ class Run:
         folder, resume = Path(self.config.out_dir), self.config.resume
         has_config = (folder / "config.json").exists()
         is_run = has_config and "corpus_hash" in read_json(folder / "config.json")
-        if has_config and not is_run:
-            fail(f"{folder} holds a model, no run; take another --out_dir")
+        if has_config and not is_run or (folder / "meta.json").exists():
+            fail(f"{folder} holds a model or a corpus and no training run; take another --out_dir")
         if resume and not is_run:
             fail(f"resume = True, but {folder} holds no run; check --out_dir, or leave --resume out")
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +122,7 @@ class Run:
             self.print(f"resume  {config.out_dir} has no checkpoint: from the start")
             return 0, []
         lines = read_log(config.out_dir, up_to=step)
-        if len({0} | {line["step"] for line in lines}) <= step:
+        if len({line["step"] for line in lines if line["kind"] not in ("eval", "collapse")}) < step:
             fail(f"{config.out_dir}/log.jsonl lacks steps up to {step}, the newest checkpoint: copy it again")
         if config.max_steps < step:
             fail(f"cannot resume with max_steps = {config.max_steps}: {step} steps are done")
@@ -195,10 +192,11 @@ class Run:
             vector_to_parameters(self.all_reduce(parameters_to_vector(gradients)), gradients)
 
     def gather(self, features, places, first_row):
-        """Features (E, M, C) at places (E, M), b T + t for position t of row b, of the rows of all processes.
+        """Features (E, M, C) at places (E, M) of a step's rows, b T + t for position t of row b.
 
-        features (B, T, C): of this process's rows, the first of which is row `first_row` of the step. Those
-        of others are constants. The gradient of its own comes `world` times: divide the loss by `world`.
+        features (B, T, C): of this process's rows, the first of which is row `first_row` of the step. Every
+        process computes the whole loss, and gradients are summed later: so divide the loss by `world`. Own
+        features get `world` times the gradient to make up for it; those of other processes are constants.
         """
         own, first = features.flatten(0, 1), first_row * features.size(1)
         mine = (places >= first) & (places < first + len(own))
@@ -218,7 +216,7 @@ class Run:
         self.print(f"\n{self.signal.name}: saving after this step (once more to leave at once)")
 
     def end(self, code, error=""):
-        """End this process. Among several it skips torch's clean-up, which aborted one exit in four."""
+        """End this process. With several, skip torch's clean-up: one exit in four aborted in it."""
         if error:
             print(f"error: {error}", file=sys.stderr)
         if self.tracker:
@@ -228,19 +226,21 @@ class Run:
         sys.exit(code)
 
     def choose_micro_batches(self, model):
-        """Rows and episodes at a time: the settings; where 0, what half a GPU's free memory holds, or all."""
-        c, shape, tokens = self.config, model.config, 2**60
+        """Micro-batch sizes: the settings; where 0, what fits in half a GPU's free memory (on a CPU all)."""
+        c, shape, tokens = self.config, model.config, 2**60  # no limit
         if self.device.type == "cuda":
             # Bytes that the backward pass keeps for a token: in each block, and for its logits.
             kept = 40 * shape.d_model * shape.n_layers + 4 * shape.vocab_size
             tokens = torch.cuda.mem_get_info()[0] / 2 / (kept if self.compile else 3 * kept)
-        windows = c.q_query + c.k_shot * (c.second_order or c.target != "head")  # of a word, with gradients
+        windows = c.q_query + c.k_shot * (c.second_order or c.target != "head")  # of a word
         # Inline tasks need all rows at once; their evaluations take one episode at a time.
         rows, episodes = (c.batch_size, 1) if c.mix == "inline" else (c.micro_batch_size, c.micro_episodes)
         sizes = {"lm": (rows, c.batch_size, c.block_size),
                  "meta": (episodes, c.episodes_per_step, c.n_way * windows * c.episode_len)}
-        self.micro = {kind: setting or min(most, 2 ** int(math.log2(max(1, tokens / length))))
-                      for kind, (setting, most, length) in sizes.items()}
+        self.micro = {}
+        for kind, (setting, most, length) in sizes.items():
+            fits = 2 ** int(math.log2(max(1, tokens / length)))
+            self.micro[kind] = setting or min(most, fits)
 
     def micro_batches(self, n, kind):
         """This process's share of n rows ("lm") or episodes ("meta"), as slices that memory has room for."""
@@ -290,15 +290,15 @@ class Run:
     def write_step(self, step, names, values, copied, lr):
         """Check, log and print the metrics of a step. What is not finite ends the run."""
         copied.synchronize()
-        *values, asked, norm, scale = values.tolist()
-        self.stopping, line = bool(asked), dict(zip(names, values, strict=True))
+        *values, stop, norm, scale = values.tolist()
+        self.stopping, line = bool(stop), dict(zip(names, values, strict=True))
         losses = {key: line[key] for key in ("lm_loss", "meta_loss") if key in line}
         finite = math.isfinite(sum(losses.values()) + norm)
         self.skipped = 0 if finite else self.skipped + 1  # float16 may overflow for some steps
         if self.skipped == (20 if self.scaler.is_enabled() else 1):
             self.not_finite(step, text_of(losses | {"grad_norm": norm}))
-        line |= {"lr": lr, "grad_norm": norm} if finite else {
-            "lr": lr, "skipped": self.skipped, "loss_scale": scale}
+        line["lr"] = lr
+        line |= {"grad_norm": norm} if finite else {"skipped": self.skipped, "loss_scale": scale}
         kind = "joint" if len(losses) == 2 else next(iter(losses)).removesuffix("_loss")
         seconds = self.tick()
         self.progress.update(self.costs[kind])  # adds
@@ -392,7 +392,7 @@ def read_log(folder, up_to=math.inf):
     with attempt(f"read {path}", "copy the log again, or delete the damaged line"):
         texts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         lines = json.loads(b"[" + b",\n".join(texts) + b"]")  # an error then names the line
-        return [line for line in lines if line["kind"] and line["step"] <= up_to]  # lacks a key: damaged
+        return [line for line in lines if line["kind"] and line["step"] <= up_to]  # no kind: damaged
 
 def text_of(metrics):
     return "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())

@@ -25,7 +25,7 @@ Whole = Annotated[int, lambda n: 0 <= n <= LARGEST, "a whole number, 0 or more"]
 Count = Annotated[int, lambda n: 1 <= n <= LARGEST, "a whole number, 1 or more"]
 Share = Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"]
 Positive = Annotated[float, lambda x: 0 < x < math.inf, "a number above 0"]
-Prompt = Annotated[str, lambda text: True, "text as it is"]  # in other texts, which may be paths, ~ is home
+Prompt = Annotated[str, lambda text: True, "text as it is"]  # any other str may be a path: its ~ is home
 PLAIN = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "text"}
 
 def load(cls, usage, rules=(), argv=None, allow_words=True):
@@ -35,10 +35,12 @@ def load(cls, usage, rules=(), argv=None, allow_words=True):
         print(help_text(cls, usage))
         sys.exit(0)
     values, words = {}, []
-    for word in sorted(argv, key=lambda word: word.startswith("-")):  # so the command line has the last word
+    for word in sorted(argv, key=lambda word: word.startswith("-")):  # files first
         if word.startswith("-"):
             key, setting = read_word(cls, word)
-            values[key] = values.get(key, []) + setting if isinstance(setting, list) else setting
+            if isinstance(setting, list):  # given again, a list grows
+                setting = values.get(key, []) + setting
+            values[key] = setting
         elif word.endswith(".py"):
             values |= read_config_file(cls, word)
         elif allow_words:
@@ -53,8 +55,9 @@ def load(cls, usage, rules=(), argv=None, allow_words=True):
     return config, words
 
 def read_config_file(cls, path):
-    """The settings that a config file assigns, of all its names but modules and those with a leading _."""
-    if not os.path.isfile(file := path if os.path.exists(path) else os.path.join(ROOT, path)):
+    """The settings that a config file assigns: all its names but modules and those that begin with _."""
+    file = path if os.path.exists(path) else os.path.join(ROOT, path)
+    if not os.path.isfile(file):
         near = difflib.get_close_matches(os.path.basename(path), os.listdir(ROOT / "config"), n=1, cutoff=0.0)
         fail(f"no config file {path} (did you mean config/{near[0]}?)")
     try:
@@ -72,11 +75,12 @@ def read_word(cls, word):
     if not equals or not word.startswith("--"):
         fail(f"cannot read {word}: settings are written --key=value, with no space (see --help)")
     plain, _, what = kind_of(cls, key, "the command line")
+    convert = {bool: lambda text: {"true": True, "false": False}[text.lower()], list: lambda text: [text]}
     try:
-        setting = {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
+        setting = convert.get(plain, plain)(text)
     except (KeyError, ValueError):
         fail(f"--{key}={text[:60]}: {key} takes {what}")
-    return key, checked(cls, key, [text] if plain is list else setting, "the command line")
+    return key, checked(cls, key, setting, "the command line")
 
 def kind_of(cls, key, where):
     """(type, test of a setting, what it takes in words) of the field `key`, from its annotation."""
@@ -100,7 +104,7 @@ def checked(cls, key, setting, where):
         setting = float(setting)
     if type(setting) is not plain or not holds(setting):
         fail(f"{key} = {repr(setting)[:60]} (from {where}): {key} takes {what}")
-    if what == "text":
+    if what == "text":  # not a Prompt, nor one of some choices
         return [home(text) for text in setting] if plain is list else home(setting)
     return setting
 

@@ -1,8 +1,8 @@
 """Text to token ids and back: tiktoken for our own vocabularies, the library `tokenizers` for all others.
 
 Both classes have the same few members, so that no script needs to know which it has: n_vocab, eot (the id
-before a text), mask (an id that no text has, or None), token_bytes (id -> bytes, empty for special tokens),
-files ({name: content}, for a copy), encode_ordinary(text), encode_ordinary_batch(texts), decode(ids).
+between documents), mask (an id that no text has, or None), token_bytes (id -> bytes, empty for special
+tokens), files ({name: content}, to copy), encode_ordinary(text), encode_ordinary_batch(texts), decode(ids).
 """
 import base64
 import hashlib
@@ -42,7 +42,7 @@ class Tokenizer:
             return list(pool.map(self.encode_ordinary, texts))
 
     def decode(self, ids):
-        return self.tiktoken.decode([i for i in ids if i < self.n_vocab])  # others only pad the vocabulary
+        return self.tiktoken.decode([i for i in ids if i < self.n_vocab])  # the others only pad the model's
 
 class HubTokenizer(Tokenizer):
     """The tokenizer.json in a folder, as Hugging Face's library reads it."""
@@ -97,8 +97,9 @@ def id_before_text(files, tokens):
                 return i
     raise ValueError("no tokenizer_config.json or config.json beside it names a bos_token or eos_token")
 
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # for bytes in tokenizer.json, as GPT-2 chose them
-BYTES = sorted(range(256), key=lambda byte: (chr(byte) not in LETTERS, byte))  # of these letters, in order
+# GPT-2 writes each byte as one of 256 letters: LETTERS[i] stands for BYTES[i].
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTES = sorted(range(256), key=lambda byte: (chr(byte) not in LETTERS, byte))
 BYTE_OF, LETTER_OF = dict(zip(LETTERS, BYTES, strict=True)), dict(zip(BYTES, LETTERS, strict=True))
 
 def bytes_of(token, byte_level):
@@ -112,8 +113,8 @@ def bytes_of(token, byte_level):
 def tokenizer_json(tokenizer):
     """The text of a tokenizer.json with the ids of our Tokenizer: a byte-level byte-pair encoder.
 
-    tiktoken joins whichever two neighbours make the token of the lowest rank, and takes a piece that is a
-    token whole. So each way to cut a token into two tokens is a merge, in order of rank, with ignore_merges.
+    tiktoken joins whichever two neighbours make the token of the lowest rank, and keeps a piece whole if it
+    is a token. So each way to cut a token into two tokens is a merge, in order of rank, with ignore_merges.
     """
     ranks = tokenizer.ranks
     written = {token: "".join(LETTER_OF[byte] for byte in token) for token in ranks}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+import maml
 from config.defaults import Config
 from maml import (
     adapt,
@@ -237,6 +238,14 @@ def test_episodes_at_once_equal_one_by_one_and_micro_batches(layers, first_order
 
 # --------------------------------------------------------------------------------------------------
 # Heads, numbers, controls
+
+def test_the_example_at_the_top_runs():
+    example = "\n".join(line[4:] for line in maml.__doc__.splitlines() if line.startswith("    "))
+    labels = torch.arange(4).repeat(2, 3)
+    names = vars(maml) | {"d_model": 8, "labels": labels}
+    names |= {"support": torch.randn(2, 12, 8), "query": torch.randn(2, 12, 8)}
+    exec(example, names)
+    assert all(p.grad.abs().sum() > 0 for p in names["head"].values())
 
 @DEPTHS
 def test_a_fresh_head_scores_ln_n(layers):

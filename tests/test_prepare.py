@@ -383,6 +383,7 @@ MISTAKES = {
     "--source=good.jsonl --source=more/good.jsonl": "two sources have one name",
     "--source=good.jsonl --weights=1,2": "one for each source",
     "--source=good.jsonl --weights=-1": "numbers above 0",
+    "--source=good.jsonl --source=more/good.jsonl --weights=8,1,": "numbers above 0",
     "--source=hf:more,,test": "cannot read more: Bad split: test",
 }
 

@@ -34,7 +34,7 @@ def test_commands(tmp_path):
     mistakes = {"name one file": ["--jobs=2"], "no arm three": [study, "--baseline=three"],
                 "--key=value,value": [study, "--seed=3"], "5,7": [study, "--seeds=x"],
                 "seeds = 0": [study, "--seeds=0"],
-                "nearest is": ["config/train_11m.py", "--n_weg=2,4"]}
+                "nearest is": ["config/train_11m.py", "--n_weg=2,4", "--list=True"]}
     for number, (says, text) in enumerate({
             "never closed": "arms = {", "StopIteration": "arms = {}", "not iterable": "seeds = 3",
             "quotation": "base = '\"'", "unlike 'a_b'": "arms = {'a/b': '', 'a_b': ''}"}.items()):

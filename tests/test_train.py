@@ -222,7 +222,9 @@ def results(quick_start, tmp_path_factory):
     state["sha256"]["model.safetensors"] = sha256_of(poisoned / "model.safetensors")
     (poisoned / "state.json").write_text(json.dumps(state))
     log = copy("short log") / "log.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[40:]))
+    lines = log.read_text().splitlines(keepends=True)
+    lines.remove(next(line for line in lines if '"step": 40, "kind": "lm"' in line))
+    log.write_text("".join(lines))
     for name in ("pruned", "not finite", "short log"):
         case(name, resume=True, max_steps=STEPS + 10)
     case("lowered", resume=True, max_steps=STEPS - 10, out_dir=here / "raised")
@@ -344,6 +346,7 @@ def test_a_folder_with_no_step_yet_may_be_begun_again(tmp_path, capsys):
         (tmp_path / "log.jsonl").write_text(log)
         with suppress(SystemExit):
             Run.open_folder(run)
+        while files.locks:
             files.locks.pop().release()
         answers.append(re.findall("holds a (model|run)", capsys.readouterr().err))
     assert answers == [[], ["model"], [], [], ["run"]]
