@@ -207,7 +207,6 @@ BUDGETS = "step lm_tokens flops seconds".split()  # in which one arm may be soon
 class Config:
     x: Literal["step", "lm_tokens", "flops", "seconds"] = "step"  # axis of the figures
     out: str = ""  # folder of the figures and the table; empty takes the first run's
-    from_checkpoints: bool = False  # measure the checkpoints, even if the log has the numbers
     corpus: str = ""  # folder of a prepared corpus in the model's tokens; empty takes the run's own
 
 INCIDENTAL = """out_dir data_dir seed device dtype compile resume micro_batch_size micro_episodes log_interval
@@ -219,7 +218,7 @@ def full_log(path, config):
     from plumbing import checkpoint, corpus, files, run
     log = run.read_log(path)
     evals = {line["step"]: line for line in log if line["kind"] == "eval"}
-    if config.from_checkpoints or not any(SIGNAL in line for line in log):
+    if not any(SIGNAL in line for line in log):
         for folder in tqdm(list(checkpoint.checkpoints(path).values()) or [path], path, disable=None):
             loaded = checkpoint.load_model(folder)
             made = loaded.settings or {"data_dir": "", "dataset": "of its own", "block_size": 2048}

@@ -165,8 +165,7 @@ def results(commands, baseline):
 
 def interval(values):
     """Half the width of the 95% interval of a mean, by Student's t."""
-    n = len(values)
-    return stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5
+    return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
 
 def table(frame, baseline):
     """A row for each arm and metric: mean, interval, paired difference from the baseline, interval, p."""
