@@ -41,7 +41,7 @@ CASES = {  # {runs} has copies of the runs
 }
 MISTAKES = {  # of {runs}/maml, and what the one line says
     "shots": ("--shots=1,0", "shots = 1,0"),
-    "few rows": ("--data={here}/data --shots=1,99", "training rows, but --shots asks for 99"),
+    "few rows": ("--data={here}/data --shots=1,99 --corpus=none", "training rows, but --shots asks for 99"),
     "no corpus": ("--corpus=none", "there is no corpus none; name one with --corpus="),
     "secret labels": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS}", "or -1 no training class"),
     "numbers": (f"--data=hf:{{here}}/hub --shots=1 {COLUMNS} --text_column=b", "training row 1: "),
