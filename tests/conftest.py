@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,20 +140,27 @@ def checkpoint(folder, step):
     files["model"] = {ours: files["model"][theirs] for ours, theirs in names.items()}
     return SimpleNamespace(**files, state=json.loads((path / "state.json").read_text()))
 
+def made_once(tmp_path_factory, name, script, *words):
+    """A folder in which the first process of this test run that needs it runs a script; what it printed."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    output = folder.with_suffix(".txt")
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not output.exists():
+            (done,) = run_many(script, [[word.format(folder=folder) for word in words]])
+            assert done.returncode == 0, done.stderr
+            output.write_text(done.stdout)
+    return folder, output.read_text()
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A folder with a corpus `docstrings` of 250,000 tokens and 1,000 ids, to which the model adds 24."""
-    folder = tmp_path_factory.mktemp("data")
-    words = [f"--packages={PACKAGES}", f"--data_dir={folder}", "--vocab_size=1000", "--val_fraction=0.1"]
-    (done,) = run_many("data/prepare.py", [["docstrings", *words]])
-    assert done.returncode == 0, done.stderr
-    return folder
+    words = [f"--packages={PACKAGES}", "--data_dir={folder}", "--vocab_size=1000", "--val_fraction=0.1"]
+    return made_once(tmp_path_factory, "data", "data/prepare.py", "docstrings", *words)[0]
 
 @pytest.fixture(scope="session")
 def quick_start(data_dir, tmp_path_factory):
     """The README's quick start, shrunk: its run folder, output and settings, to be read but not changed."""
-    folder = tmp_path_factory.mktemp("out") / "tiny"
-    words = ["config/train_11m.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={folder}"]
-    (done,) = run_many("train.py", [words])
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(folder=folder, words=words, output=done.stdout)
+    words = ["config/train_11m.py", *TINY, f"--data_dir={data_dir}"]
+    folder, output = made_once(tmp_path_factory, "tiny", "train.py", *words, "--out_dir={folder}")
+    return SimpleNamespace(folder=folder, words=[*words, f"--out_dir={folder}"], output=output)

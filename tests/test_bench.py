@@ -2,10 +2,9 @@
 import pytest
 from conftest import ROOT, run_many
 
-pytest.importorskip("transformers")
-
 def test_the_ways_of_a_step_do_the_same_work(data_dir, tmp_path):
     """Language-model steps begin at ln V and learn. The two meta steps have one loss and differ in calls."""
+    pytest.importorskip("transformers")
     source = (ROOT / "bench.py").read_text().split("if words[1:]")[0]
     check = """
 import math
