@@ -46,9 +46,9 @@ def points_of(log, key, x="step"):
 
 def mark_warmup(ax, arm, x, color):
     """A dotted line where the learning rate has warmed up."""
-    points = sorted((line["step"], line[x]) for line in arm.runs[0] if x in line)
-    place = np.interp(arm.settings["warmup_steps"], *zip(*points, strict=True))
-    ax.axvline(place, color=color, linestyle=":")
+    steps, places = zip(*sorted((line["step"], line[x]) for line in arm.runs[0] if x in line), strict=True)
+    if steps[0] <= arm.settings["warmup_steps"] <= steps[-1]:  # a lone checkpoint says nothing of it
+        ax.axvline(np.interp(arm.settings["warmup_steps"], steps, places), color=color, linestyle=":")
 
 def curves(log, settings, title):
     """Losses and accuracies of one run: its phase figure without what spectra.py measures."""

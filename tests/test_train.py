@@ -336,7 +336,7 @@ def test_collapse_is_decided_from_the_log_and_a_resumed_run_decides_the_same(qui
     assert (stop, vanilla, meta[:60]) == (42 * "l", plain[:42] + 24 * "l", 42 * "l" + plain[42:])
 
 def test_a_folder_with_no_step_yet_may_be_begun_again(tmp_path, capsys):
-    """A run that failed at once; not the folder of a model, nor a run that has steps."""
+    """A run that failed at once; not the folder of a model or a corpus, nor a run that has steps."""
     run, answers = SimpleNamespace(config=SimpleNamespace(out_dir=tmp_path, resume=False)), []
     steps = [json.dumps({"step": step, "kind": "eval"}) + "\n" for step in range(2)]
     ours = '{"corpus_hash": "x"}'
@@ -350,6 +350,10 @@ def test_a_folder_with_no_step_yet_may_be_begun_again(tmp_path, capsys):
             files.locks.pop().release()
         answers.append(re.findall("holds a (model|run)", capsys.readouterr().err))
     assert answers == [[], ["model"], [], [], ["run"]]
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        Run.open_folder(run)
+    assert "or a corpus" in capsys.readouterr().err
 
 @pytest.mark.slow
 def test_missing_corpus_is_built(quick_start, tmp_path):
