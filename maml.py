@@ -108,6 +108,14 @@ def inner_target(model, target, layers=""):
 # --------------------------------------------------------------------------------------------------
 # The inner loop
 
+def head_rate(inner_lr, n_way, k_shot):
+    """The head's inner learning rate, from the setting: one value of it serves any number of ways and shots.
+
+    Steps are stable where rate times curvature is below 2, and a zero head's loss is curved by at most 2 / N.
+    A single example of each way tells less than two do: half the rate ends at a lower query loss (LOG.md).
+    """
+    return inner_lr * n_way * min(k_shot, 2) / 2
+
 def adapt(loss_fn, params, batch, lr, steps, first_order=True):
     """New parameters: `steps` of gradient descent on the scalar loss_fn(params, batch), from `params` on.
 

@@ -51,7 +51,7 @@ class Config:
     on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # stop, end meta steps, begin them
     # Inner loop
     inner_steps: Whole = 10  # gradient steps on the support set; 0 is the multi-task control
-    inner_lr: Positive = 0.625  # inner learning rate for each way: a step is inner_lr * n_way
+    inner_lr: Positive = 0.625  # for each way: the inner learning rate is inner_lr * n_way, for one shot half
     second_order: bool = False  # differentiate through the inner gradients
     target: Literal["head", "attention", "mlp", "attention+mlp", "norms", "all"] = "head"  # what adapts
     target_layers: str = ""  # blocks that adapt, as 0,1,5; empty: all (norms, all: the final norm too)

@@ -107,7 +107,7 @@ def gradient_descent(head, x, y, z, steps=3):
     for _ in range(steps):
         head = [p.detach().requires_grad_() for p in head]
         loss = -logits(head, x).log_softmax(1)[range(len(y)), y].mean()
-        step = LR * len(head[-1])  # LR is for each class
+        step = LR * len(head[-1]) / (1 if len(y) > len(head[-1]) else 2)  # for each class; one shot: half
         head = [p - step * g for p, g in zip(head, torch.autograd.grad(loss, head), strict=True)]
     return logits(head, z).argmax(1)
 

@@ -16,6 +16,7 @@ from maml import (
     episode_loss,
     fresh_head,
     head_logits,
+    head_rate,
     init_head,
     inner_target,
     standard_error,
@@ -442,7 +443,7 @@ def test_targets_are_these_parameters(target, layers, pattern):
 
 @pytest.mark.parametrize("n_way", [2, 5, 16])
 def test_the_loss_at_a_zero_head_is_curved_by_at_most_two_over_the_ways(n_way):
-    """So steps of inner_lr * n_way are stable below inner_lr = 1. Windows all alike reach the bound."""
+    """So rates of inner_lr * n_way are stable below inner_lr = 1. Windows all alike reach the bound."""
     labels = torch.arange(n_way).repeat_interleave(2)
     features = F.normalize(torch.randn(2 * n_way, 4).double(), dim=1)
     for x, alike in (features, False), (features[:1].expand(2 * n_way, 4), True):
@@ -463,6 +464,19 @@ def test_the_default_inner_lr_is_stable_for_any_number_of_ways(n_way, shots):
     def loss(head, batch):
         return F.cross_entropy(head_logits(head, batch[0]), batch[1])
     for steps in range(11):
-        adapted = adapt(loss, head, (x, labels), Config.inner_lr * n_way, steps)
+        adapted = adapt(loss, head, (x, labels), head_rate(Config.inner_lr, n_way, shots), steps)
         losses.append(loss(adapted, (x, labels)).item())
     assert losses == sorted(losses, reverse=True) and losses[-1] < math.log(n_way) - 0.01
+
+@pytest.mark.parametrize("n_way", [2, 5, 16, 64])
+@pytest.mark.parametrize("shots", [1, 5])
+def test_the_default_inner_lr_is_close_to_the_best(n_way, shots):
+    """Classes that overlap as much as words do. With one shot the full rate is 7% above the best loss."""
+    x = torch.randn(32, n_way, 1, 16) + 4 * torch.randn(32, n_way, shots + 4, 16) + 2
+    x = 4 * F.normalize(x, dim=-1)  # sqrt(d)
+    support, query = x[:, :, :shots].flatten(1, 2), x[:, :, shots:].flatten(1, 2)
+    y, z = (torch.arange(n_way).repeat_interleave(m).expand(32, -1) for m in (shots, 4))
+    def loss(rate):
+        return episode_loss(init_head(16, n_way), support, y, query, z, lr=rate, steps=10)[0].item()
+    best = min(loss(inner_lr * n_way) for inner_lr in (0.08, 0.12, 0.16, 0.21, 0.31, 0.42, 0.625, 0.9, 1.2))
+    assert loss(head_rate(Config.inner_lr, n_way, shots)) < 1.05 * best
