@@ -146,13 +146,14 @@ def ner_tuning(name, cached):
 
 def first_step(name, warm):
     """A run of one step, with or without what an earlier run compiled."""
-    cache = tempfile.mkdtemp()
+    kept = tempfile.TemporaryDirectory()
 
     def step():
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache if warm else tempfile.mkdtemp()}
-        command = [sys.executable, ROOT / "train.py", f"config/train_{name}.py", "--max_steps=1",
-                   f"--data_dir={config.data_dir}", f"--out_dir={tempfile.mkdtemp()}/run"]
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        with tempfile.TemporaryDirectory() as fresh:
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{kept.name if warm else fresh}/cache"}
+            command = [sys.executable, ROOT / "train.py", f"config/train_{name}.py", "--max_steps=1",
+                       f"--data_dir={config.data_dir}", f"--out_dir={fresh}/run"]
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     return step
 
 LM = {f"{'Hugging Face' if peer else 'ours'}, {'compiled' if compiled else 'eager'} {str(dtype)[6:]}":

@@ -85,7 +85,7 @@ CLASSIFIERS = {"adapt": adapted, "logistic": logistic, "prototype": nearest_mean
 
 @torch.no_grad()
 def features(model, rows):
-    """Features (n, C) at the ends of n rows of ids, scaled. Rows of like length go together."""
+    """Features (n, C) at the ends of n rows of ids, scaled. Rows of similar length share a batch."""
     device = model.unembedding.weight.device
     x = torch.empty(len(rows), model.config.d_model, device=device)
     order, size = np.argsort([len(row) for row in rows], kind="stable"), max(1, BATCH // max(map(len, rows)))
@@ -118,7 +118,7 @@ def bigram_answers(vectors, episode, mask):
 
 @dataclass
 class Task:
-    """Examples, and E draws of them for each K. A support has K examples of class 0, then K of class 1 ..."""
+    """A benchmark: examples, and E episodes (draws) for each K, with supports in the order of the classes."""
     name: str
     about: str  # a few words for the table
     n_way: int
@@ -137,7 +137,7 @@ def word_tasks(config, made_with, corpus):
     N, Q, E = made_with["n_way"], made_with["q_query"], config.n_episodes
     tasks = [Task(name, f"{N} words, {Q} questions each", N, np.arange(N).repeat(Q), [])
              for name in ("held-out words", "seen words")]
-    index_of = {task.name: {} for task in tasks}  # a window's bytes -> its index in task.examples
+    index_of = {task.name: {} for task in tasks}  # a window's ids -> its index in task.examples
     for k in config.shots:
         pools = smlmt.Pools(corpus.val, corpus.token_bytes, k_shot=k, pool_seed=0, seed=config.seed,
                             eot=corpus.eot, mask=corpus.mask, **options)
@@ -151,18 +151,15 @@ def word_tasks(config, made_with, corpus):
             if vectors is not None:
                 shares = [bigram_answers(vectors, episode, corpus.mask) for episode in episodes]
                 task.table[k]["bigram prototypes"] = np.stack(shares)
+            index = index_of[task.name]
             for episode in episodes:
                 windows = np.concatenate([episode.support, episode.query])
                 places = np.concatenate([episode.support_pos, episode.query_pos])
                 # Attention is causal: what follows the place cannot matter. Equal windows are read once.
-                rows = [window[: place + 1] for window, place in zip(windows, places, strict=True)]
-                indices = index_of[task.name]
-                for row in rows:
-                    if row.tobytes() not in indices:
-                        indices[row.tobytes()] = len(task.examples)
-                        task.examples.append(row)
-                indices = np.array([indices[row.tobytes()] for row in rows])
+                rows = [tuple(row[: at + 1]) for row, at in zip(windows.tolist(), places, strict=True)]
+                indices = np.array([index.setdefault(row, len(index)) for row in rows])
                 task.draws[k].append((indices[: N * k], indices[N * k :]))
+            task.examples = list(index)
     return [task for task in tasks if task.draws]
 
 def sentence_tasks(config):
@@ -259,8 +256,7 @@ def main():
     first = models[paths[0]]
     made_with = asdict(TrainConfig()) | first.settings
     folder = config.corpus or f"{made_with['data_dir']}/{made_with['dataset']}"
-    problems = [corpus_problem(loaded, folder) for loaded in models.values()]
-    problem = next(filter(None, problems), "")
+    problem = next(filter(None, [corpus_problem(loaded, folder) for loaded in models.values()]), "")
     if problem:
         print(f"left out: {problem}")
     tasks = [] if problem else word_tasks(config, made_with, load_corpus(folder))

@@ -1,5 +1,5 @@
 """Model-agnostic meta-learning on torch.func: adapt a copy of some parameters to a task, then ask how well
-the copy does on more of it.
+the copy does on new examples of that task.
 
 Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `adapt` is lines 6 and 7,
 `episode_loss` the sum in line 10, as a mean. First order is their section 5.2. Three departures:
@@ -14,7 +14,7 @@ Finn, Abbeel and Levine 2017, https://arxiv.org/abs/1703.03400, algorithm 2: `ad
 
     head = {name: p.requires_grad_() for name, p in init_head(d_model, n_way=4).items()}
     loss, metrics = episode_loss(head, support, labels, query, labels, lr=2.5, steps=10)
-    loss.backward()  # of features support and query, (E, M, d), and labels (E, M) in 0..3
+    loss.backward()  # support and query are features (E, M, d), labels (E, M) are in 0..3
 
 This file deals in features, labels and dicts of tensors. Of the model it uses names of parameters, `blocks`
 and `features_at`; what the windows hold does not matter to it.
@@ -112,7 +112,7 @@ def head_rate(inner_lr, n_way, k_shot):
     """The head's inner learning rate, from the setting: one value of it serves any number of ways and shots.
 
     Steps are stable where rate times curvature is below 2, and a zero head's loss is curved by at most 2 / N.
-    A single example of each way tells less than two do: half the rate ends at a lower query loss (LOG.md).
+    With one shot the support set is noisier: half the rate ends at a lower query loss (LOG.md).
     """
     return inner_lr * n_way * min(k_shot, 2) / 2
 
@@ -162,7 +162,7 @@ def adapted_loss(logits_fn, params, support, query, *, lr, steps, first_order=Tr
             "support_loss_before": F.cross_entropy(support_before, support[1]),
             "query_loss_before": F.cross_entropy(before, labels),
             "support_acc": correct(support_after, support[1]).mean(),
-            "query_acc": correct(logits, labels),  # (M,), as the next; all others ()
+            "query_acc": correct(logits, labels),  # (M,), as is the next; the others are scalars
             "query_acc_before": correct(before, labels),
             # what answering the commonest label scores: above chance only if labels are unbalanced, a fault
             "majority_acc": (labels[:, None] == labels).to(loss.dtype).mean(0).max(),

@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): one half decides how much of the other passes."""
+    """down(silu(gate(x)) * up(x)): the gate decides how much of up(x) passes."""
 
     def __init__(self, config):
         super().__init__()
@@ -136,7 +136,7 @@ class Llama(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draw all matrices (GPT-2's scheme, Radford et al. 2019). Logits are small: the loss is ln V."""
+        """Draw all matrices (GPT-2's scheme, Radford et al. 2019). Logits start small: the loss is ln V."""
         std = 0.02
         residual_std = std / math.sqrt(2 * self.config.n_layers)  # 2 n_layers matrices add to the stream
         nn.init.normal_(self.embedding.weight, std=std)
@@ -262,8 +262,8 @@ def compile_parts(model):
     """Compile the block and the loss, not the model: one compilation serves all layers.
 
     Each shape gets its own kernels, so that it does not matter which comes first when a run is resumed. The
-    compiled loss reads the logits as the product leaves them, in bfloat16, and writes their gradient so.
-    Plain cross-entropy makes several copies in float32.
+    compiled loss keeps the logits and their gradient in bfloat16. Plain cross-entropy makes several copies
+    of them in float32.
     """
     torch._dynamo.config.recompile_limit = 32  # one for each shape and mode
     for block in model.blocks:

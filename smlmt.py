@@ -1,7 +1,7 @@
 """Few-shot tasks cut from plain text: subset masked language modelling tasks, SMLMT (Bansal et al. 2020,
 EMNLP, 2020.emnlp-main.38).
 
-Choose N words. For each, find K + Q places in the text where it stands, and mask it there. K of these
+Choose N words. For each, find K + Q places in the text where it occurs, and mask it there. K of these
 windows, the support, are shown with the answer; the other Q, the query, ask for it. The answer is not the
 word but a label 0..N-1, shuffled anew in every task (episode). So there is nothing to remember from one task
 to the next. What can be learnt over many of them is how to learn a word from K examples.
@@ -30,12 +30,12 @@ import numpy as np
 
 MIN_WINDOW = 16    # tokens, the mask among them: with fewer there is too little to go by
 FAR = 2048         # least number of tokens between two windows of a word that occurs in too few documents
-STRETCHES = 64     # a pool is made of so many stretches of the corpus
+STRETCHES = 64     # a pool is made of this many stretches of the corpus
 POOL_STEPS = 1000  # steps between two pools, where the corpus is larger than one
 
 @dataclass(frozen=True)
 class Episode:
-    """One task of N words, K support and Q query windows each. Rows of the same label stand together."""
+    """One task of N words, K support and Q query windows each. Rows of the same label are adjacent."""
     support: np.ndarray         # (N*K, L) token ids: text, <|mask|> for the word, end-of-text as padding
     support_labels: np.ndarray  # (N*K,) 0..N-1
     support_pos: np.ndarray     # (N*K,) the column where the features are read
@@ -114,7 +114,7 @@ class Sampler:
     readout      where features are read: `before` the mask, at the `mask`, or at the `last` token. With the
                  first two the mask ends the window, with `last` up to a quarter of the window follows it
     word_min_count, word_max_count
-                 how often a word occurs in the pool, in any spelling. Rarer ones have too few windows.
+                 how often a word occurs in the pool, in upper or lower case. Rarer ones have too few windows.
                  Function words fill their documents so much that few windows hold them just once
     seed         int, or tuple of ints
 
@@ -192,19 +192,18 @@ class Sampler:
         new_form = is_new_run(form)
         previous = np.where(new_form, -1, np.roll(place, 1))
         following = np.where(np.roll(new_form, -1), n, np.roll(place, -1))
-        after = L // 4 if self.readout == "last" else 0
-        lo = np.maximum.reduce([place - (L - 1 - after), doc_start[doc], previous + 1])
+        most = L // 4 if self.readout == "last" else 0  # tokens after the mask
+        lo = np.maximum.reduce([place - (L - 1 - most), doc_start[doc], previous + 1])
         lo = starts[np.searchsorted(starts, lo)]  # the first start from lo on
-        after = np.minimum(after, (place - lo + 1) // 3)  # a third of what precedes: a quarter of the whole
+        after = np.minimum(most, (place - lo + 1) // 3)  # a third of what precedes: a quarter of the whole
         hi = np.minimum.reduce([place + 1 + after, doc_end[doc], following])
         hi = starts[np.searchsorted(starts, hi, side="right") - 1]  # the last start up to hi
-        enough = (hi - lo >= MIN_WINDOW) & (2 * (hi - place - 1) >= after)  # half of what should follow, too
-        usable = np.flatnonzero(whole & enough)
+        enough = (hi - lo >= MIN_WINDOW) & (2 * (hi - place - 1) >= after)  # and at least half of `after`
         columns = dict(form=form, doc=doc, doc_start=doc_start[doc], place=place, lo=lo, hi=hi)
-        self.windows = np.rec.fromarrays(columns.values(), names=list(columns))[usable]
+        self.windows = np.rec.fromarrays(columns.values(), names=list(columns))[whole & enough]
 
     def _index_groups(self, heldout):
-        """Sorts the windows into groups, of which an episode uses each at most once.
+        """Sorts the windows into groups. An episode uses at most one window of a group.
 
         A group is the windows of a word in one document or, for a word in too few documents, in one cell of a
         document. Of the cells of FAR + L tokens every other is left out: windows are then at least FAR apart.
@@ -259,7 +258,7 @@ class Sampler:
         rows[np.arange(len(rows)), place - lo] = self.mask
         ends = form[:, None] * len(self.tokens) + np.stack([lo, hi], 1)
         times = np.diff(np.searchsorted(self.places, ends))
-        assert (times == 1).all(), f"the word stands {times.ravel()} times in its windows, {lo} to {hi}"
+        assert (times == 1).all(), f"the word occurs {times.ravel()} times in its windows, {lo} to {hi}"
         assert ((rows == self.mask).sum(1) == 1).all(), f"masks per window: {(rows == self.mask).sum(1)}"
         assert ((rows == self.eot) == ~inside).all(), f"end-of-text inside the windows {lo} to {hi}"
         return rows, {"before": place - lo - 1, "mask": place - lo, "last": hi - lo - 1}[self.readout]

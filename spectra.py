@@ -30,7 +30,7 @@ def in_float64(tensor):
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 def or_nan(solve, matrix):
-    """solve(matrix), eigenvalues or singular values (..., n). Where LAPACK fails, NaN: it ends no run."""
+    """solve(matrix), eigenvalues or singular values (..., n). NaN where LAPACK fails, so that no run ends."""
     try:
         return solve(matrix)
     except torch.linalg.LinAlgError:
@@ -70,7 +70,7 @@ def proportional_effective_rank(matrix):
     return effective_rank(matrix) / min(matrix.shape)
 
 def ov_values(attention):
-    """Singular values (H, D) of each head's W_O W_V: from what it reads to what it writes. Others are 0."""
+    """Singular values (H, D) of each head's W_O W_V: from what it reads to what it writes. The rest are 0."""
     H, K, D = attention.n_heads, attention.n_kv_heads, attention.head_dim
     o = in_float64(attention.o_proj.weight).unflatten(1, (H, D)).transpose(0, 1)  # (H, C, D)
     v = in_float64(attention.v_proj.weight).unflatten(0, (K, D)).mT  # (K, C, D)
@@ -210,7 +210,7 @@ class Config:
     corpus: str = ""  # folder of a prepared corpus in the model's tokens; empty takes the run's own
 
 INCIDENTAL = """out_dir data_dir seed device dtype compile resume micro_batch_size micro_episodes log_interval
-eval_interval ckpt_interval wandb wandb_project wandb_id git argv system versions""".split()  # are no arm's
+eval_interval ckpt_interval wandb wandb_project wandb_id git argv system versions""".split()  # no new arm
 
 def full_log(path, config):
     """A run's log, with spectra of its checkpoints if it has none. A model without a log has one line."""

@@ -35,8 +35,8 @@ device = run.device
 # Model, head, optimizer, schedule
 
 torch.manual_seed(config.seed)
-shape = "d_model n_layers n_heads n_kv_heads d_ff block_size".split()
-shape = ModelConfig(**{name: getattr(config, name) for name in shape}, vocab_size=corpus.vocab_size)
+names = "d_model n_layers n_heads n_kv_heads d_ff block_size".split()
+shape = ModelConfig(**{name: getattr(config, name) for name in names}, vocab_size=corpus.vocab_size)
 model = Llama(shape).to(device)
 if run.compile:
     compile_parts(model)
@@ -54,7 +54,8 @@ optimizer = torch.optim.AdamW(
     lr=config.lr, betas=(0.9, 0.95), fused=True)
 autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32)
 scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-inner_autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)  # has no scaler
+# In float16 inner gradients would need a scaler of their own: float32 there.
+inner_autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
 
 def lr_at(step):
     """Learning rate of a step, counted from 1: linear warm-up, then constant or falling to 0."""
@@ -105,7 +106,8 @@ if config.meta_ratio and config.mix != "inline":
 # of N words was masked here? On a task's support set a small head adapts by gradient descent: the inner loop.
 # The adapted head's loss on the query set is the meta loss. Its gradient trains the model, and the head's
 # start, to be easy to adapt: the outer loop. At first order (Finn et al. 2017, section 5.2) the support
-# features are constants, so the model learns from the query set alone.
+# features are constants, so the model learns from the query set alone. The quick start's path through what
+# follows is meta_step, run_episodes, head_loss, then maml.episode_loss; the rest are other settings.
 
 def lm_step(step, inline=False):
     """Next-token prediction. Leaves gradients in `params`; returns this process's share of the metrics."""
@@ -183,7 +185,7 @@ def run_episodes(episodes, head, steps=config.inner_steps):
     return head_loss(head, e, support, query, steps)
 
 def train_step(step):
-    """The objective or both, as --mix says. Leaves gradients in `params`; returns this process's metrics."""
+    """One or both, as --mix says. Leaves gradients in `params`; returns this process's share of metrics."""
     waiting = config.on_collapse == "meta" and not run.collapse  # meta steps begin at a collapse
     over = config.on_collapse == "vanilla" and run.collapse  # or end there
     if waiting or over or not config.meta_ratio:
@@ -213,7 +215,7 @@ def val_loss(begin, end):
     return run.all_reduce(total).item() / n_rows
 
 def grade_queries(n_episodes, heldout, head):
-    """(3, episodes, N*Q): correct before adaptation, correct after it, the word's id. Others' episodes: 0."""
+    """(3, episodes, N*Q): correct before and after adaptation, the word's id. Other processes' rows: 0."""
     graded = torch.zeros(3, n_episodes, config.n_way * config.q_query, device=device)
     for part in run.micro_batches(n_episodes, "meta"):
         episodes = [val_pools.sampler(0).episode(i, heldout) for i in range(part.start, part.stop)]
@@ -268,7 +270,7 @@ while True:
     norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
     scaler.step(optimizer)  # leaves the weights alone if a float16 gradient overflowed
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()  # to None: AdamW skips what the next step does not use (head, unembedding)
     run.log_step(step, metrics, norm, lr)  # ends the run if loss or norm is not finite
 
 if last_step:

@@ -31,27 +31,27 @@ class Config:
     max_steps: Count = 6000  # optimizer steps of any kind
     lr: Positive = 3e-4  # peak learning rate of AdamW, the outer loop
     warmup_steps: Whole = 2500  # steps from 0 to the peak
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of lr after warm-up; two fall to 0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of lr after warm-up; linear, cosine: to 0
     weight_decay: Share = 0.1  # on matrices only
     grad_clip: Positive = 1.0  # largest norm of the gradient
     # Episodes
     mix: Literal["alternate", "joint", "inline"] = "alternate"  # a coin; both losses; both, on the same rows
-    meta_ratio: Share = 0.0  # share of meta steps (paper: 0.5); 0: none, vanilla. joint, inline: above 0
+    meta_ratio: Share = 0.0  # share of meta steps (paper: 0.5); 0: none, vanilla. joint, inline: any above 0
     meta_weight: float = 0.1  # weight of the meta loss in joint and inline
     n_way: Count = 16  # words to tell apart in an episode
     k_shot: Count = 4  # support windows of each word
     q_query: Count = 4  # query windows of each word
     episodes_per_step: Count = 1  # episodes in a step that has any, over all processes
-    micro_episodes: Whole = 0  # episodes at a time in a process, in evaluations too; 0: all that fit
+    micro_episodes: Whole = 0  # episodes at a time in a process, evaluations too; 0: all that fit; inline: 1
     episode_len: Count = 64  # longest window in tokens; independent of block_size
     readout: Literal["before", "mask", "last"] = "before"  # the token whose features are read
     word_min_count: Count = 20  # least occurrences of a word in the pool
     word_max_count: Count = 5000  # most occurrences of a word
     pool_tokens: Count = 10_000_000  # tokens that episodes are drawn from; redrawn every 1,000 steps
-    on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # stop, end meta steps, begin them
+    on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # at a collapse: stop, meta off, meta on
     # Inner loop
     inner_steps: Whole = 10  # gradient steps on the support set; 0 is the multi-task control
-    inner_lr: Positive = 0.625  # for each way: the inner learning rate is inner_lr * n_way, for one shot half
+    inner_lr: Positive = 0.625  # per way: the head's inner learning rate is this times n_way (one shot: half)
     second_order: bool = False  # differentiate through the inner gradients
     target: Literal["head", "attention", "mlp", "attention+mlp", "norms", "all"] = "head"  # what adapts
     target_layers: str = ""  # blocks that adapt, as 0,1,5; empty: all (norms, all: the final norm too)
@@ -72,7 +72,7 @@ RULES = [  # (what must hold, the sentence that says so); an error shows the set
     (lambda c: c.n_heads % c.n_kv_heads == 0, "n_kv_heads must divide n_heads"),
     (lambda c: c.n_way >= 2, "n_way must be at least 2"),
     (lambda c: c.episode_len >= 16, "episode_len must be at least 16"),
-    (lambda c: c.inner_lr < 4, "inner_lr must be below 4. It is multiplied by n_way: 0.625 is 10 of 16 ways"),
+    (lambda c: c.inner_lr < 4, "inner_lr must be below 4; it is multiplied by n_way: 0.625 is 10 at 16 ways"),
     (lambda c: set(c.target_layers.split(",")) <= {"", *map(str, range(c.n_layers))},
      "target_layers are numbers of blocks below n_layers, as 0,1,5; empty is all"),
     (lambda c: c.target != "head" or not c.target_layers, "target_layers needs a target in the blocks"),

@@ -138,6 +138,8 @@ def heat_maps(arms, x):
         low, high = pd.concat(maps).min(axis=None), pd.concat(maps).max(axis=None)
         for ax, arm, numbers in zip(row, arms, maps, strict=True):  # numbers (n, L)
             numbers = numbers.dropna(how="all") if numbers.any(axis=None) else numbers
+            if len(numbers) == 1:  # a lone checkpoint: a column has no width of its own
+                numbers = pd.concat([numbers, numbers.set_axis(numbers.index + 1)])
             mesh = ax.pcolormesh(numbers.index, layers, numbers.T, cmap="cividis", vmin=low, vmax=high)
             mark_warmup(ax, arm, x, "white")
             ax.locator_params(nbins=5, integer=True)

@@ -38,7 +38,7 @@ class Run:
     def __init__(self, config):
         self.config, self.signal, self.stopping = config, None, False
         self.tracker, self.log_file = None, None
-        # Set by torchrun. Without the address a cluster's scheduler has set them: ignore those.
+        # Set by torchrun. Without an address they come from a cluster's scheduler: ignore them.
         launch = os.environ if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() else {}
         self.rank, local_rank = (int(launch.get(key) or 0) for key in ("RANK", "LOCAL_RANK"))
         self.world = int(launch.get("WORLD_SIZE") or 1)
@@ -237,10 +237,8 @@ class Run:
         rows, episodes = (c.batch_size, 1) if c.mix == "inline" else (c.micro_batch_size, c.micro_episodes)
         sizes = {"lm": (rows, c.batch_size, c.block_size),
                  "meta": (episodes, c.episodes_per_step, c.n_way * windows * c.episode_len)}
-        self.micro = {}
-        for kind, (setting, most, length) in sizes.items():
-            fits = 2 ** int(math.log2(max(1, tokens / length)))
-            self.micro[kind] = setting or min(most, fits)
+        self.micro = {kind: setting or min(most, 2 ** int(math.log2(max(1, tokens / length))))
+                      for kind, (setting, most, length) in sizes.items()}
 
     def micro_batches(self, n, kind):
         """This process's share of n rows ("lm") or episodes ("meta"), as slices that memory has room for."""
@@ -257,7 +255,7 @@ class Run:
         # Outside of `except`, which would keep the tensors of the step alive.
         self.micro = {kind: max(1, size // 2) for kind, size in self.micro.items()}
         self.print("memory  ran out: {lm} rows, {meta} episodes at a time now".format_map(self.micro))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         torch.cuda.empty_cache()
         return self.within_memory(function, *inputs)
 

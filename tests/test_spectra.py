@@ -217,8 +217,10 @@ def test_figures_show_the_numbers_of_the_logs():
         loss, warm = (line.get_xydata() for line in axes[3].lines[:2])
         np.testing.assert_allclose(loss, [(line[x], line["val_loss"]) for line in evals])
         assert warm[0, 0] == evals[2][x] and axes[-1].get_xlabel().startswith(figures.AXES[x])
-    lone = figures.phase([figures.Arm("a checkpoint", [evals[-1:]], settings)], "step").axes[0]
-    assert not [line for line in lone.lines if line.get_linestyle() == ":"]  # it is long after the warm-up
+    lone = [figures.Arm("a checkpoint", [evals[-1:]], settings)]
+    lines = figures.phase(lone, "step").axes[0].lines
+    assert not [line for line in lines if line.get_linestyle() == ":"]  # it is long after the warm-up
+    assert np.ptp(figures.heat_maps(lone, "step").axes[0].collections[0].get_coordinates()[..., 0]) >= 1
     texts = [text.get_text() for text in axes[0].texts]  # no drop in the vanilla run
     assert texts == ["drop of 30%"] * 3 and len(axes) == 5
     bands = [axes[panel].collections[i].get_paths()[0].vertices[:, 1] for panel, i in ((3, 0), (4, 2))]
