@@ -227,7 +227,8 @@ def evaluate(task, name, loaded):
     if made_with["inner_lr"] >= 4:  # of an old run: it was not for each class then
         fail(f"inner_lr = {made_with['inner_lr']:g} in {loaded.path}/state.json: divide it by its n_way")
     for (k, draws), (classifier, answer) in product(task.draws.items(), CLASSIFIERS.items()):
-        inner = head, maml.head_rate(made_with["inner_lr"], task.n_way, k), made_with["inner_steps"] or 10
+        rates = maml.head_rates(head, made_with["inner_lr"], task.n_way, k)
+        inner = head, rates, made_with["inner_steps"] or 10
         y, right = torch.arange(task.n_way, device=x.device).repeat_interleave(k), []
         for draw in draws:
             support, query = (x[np.searchsorted(drawn, of_part)] for of_part in draw)

@@ -108,13 +108,16 @@ def inner_target(model, target, layers=""):
 # --------------------------------------------------------------------------------------------------
 # The inner loop
 
-def head_rate(inner_lr, n_way, k_shot):
-    """The head's inner learning rate, from the setting: one value of it serves any number of ways and shots.
+def head_rates(head, inner_lr, n_way, k_shot):
+    """{name: inner learning rate} of the head: one value of the setting serves any number of ways and shots.
 
-    Steps are stable where rate times curvature is below 2, and a zero head's loss is curved by at most 2 / N.
-    With one shot the support set is noisier: half the rate ends at a lower query loss (LOG.md).
+    Steps are stable where rate times curvature is below 2. In a last layer of zeros the loss is curved by at
+    most 2 / N; in the layers below the curvature does not fall with N. With one shot the support set is
+    noisier. The two halves were found by trial (LOG.md).
     """
-    return inner_lr * n_way * min(k_shot, 2) / 2
+    last = f"{last_layer(head)}."
+    rate = inner_lr * n_way * min(k_shot, 2) / 2
+    return {name: rate if name.startswith(last) else inner_lr / 2 for name in head}
 
 def adapt(loss_fn, params, batch, lr, steps, first_order=True):
     """New parameters: `steps` of gradient descent on the scalar loss_fn(params, batch), from `params` on.
@@ -206,14 +209,14 @@ def episode_loss_through_model(reader, adapting, head, tasks, *, head_lr, target
                                autocast):
     """`episode_loss` where parts of the model adapt too: it runs in each inner step, episode by episode.
 
-    reader, adapting: as `inner_target` gives them. head: as `init_head` does. tasks: windows "support" and
-    "query" (E, M, L), the positions to read "support_pos" and "query_pos" (E, M), and "support_labels" and
-    "query_labels" (E, M). autocast: a context for the model alone.
+    reader, adapting: as `inner_target` gives them. head, head_lr: as `init_head` and `head_rates` do. tasks:
+    windows "support" and "query" (E, M, L), the positions to read "support_pos" and "query_pos" (E, M), and
+    "support_labels" and "query_labels" (E, M). autocast: a context for the model alone.
     """
     # FORK HERE for other parameters to adapt, if --target is not head: name their start, and say in `logits`
     # how the model reads. The outer loop learns a start only if it is in the model or in `head`.
     start = {**adapting, **{f"head.{name}": p for name, p in head.items()}}
-    rates = {name: head_lr if name.startswith("head.") else target_lr for name in start}
+    rates = dict.fromkeys(start, target_lr) | {f"head.{name}": rate for name, rate in head_lr.items()}
 
     def logits(params, windows):  # windows: tokens (M, L) and the positions (M,) to read -> (M, N)
         with autocast:

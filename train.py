@@ -45,7 +45,7 @@ outputs = config.n_way if config.inner_steps else corpus.vocab_size
 head = maml.init_head(config.d_model, outputs, config.head_layers, config.head_hidden,
                       torch.Generator().manual_seed(config.seed))
 head = {name: p.to(device).requires_grad_(config.meta_ratio > 0) for name, p in head.items()}
-head_lr = maml.head_rate(config.inner_lr, config.n_way, config.k_shot)
+head_lr = maml.head_rates(head, config.inner_lr, config.n_way, config.k_shot)
 reader, adapting = maml.inner_target(model, config.target, config.target_layers)
 params = [p for p in [*model.parameters(), *head.values()] if p.requires_grad]
 optimizer = torch.optim.AdamW(

@@ -51,7 +51,7 @@ class Config:
     on_collapse: Literal["off", "stop", "vanilla", "meta"] = "off"  # at a collapse: stop, meta off, meta on
     # Inner loop
     inner_steps: Whole = 10  # gradient steps on the support set; 0 is the multi-task control
-    inner_lr: Positive = 0.625  # per way: the head's inner learning rate is this times n_way (one shot: half)
+    inner_lr: Positive = 0.625  # of the head: last layer at this * n_way (one shot: half), others at this / 2
     second_order: bool = False  # differentiate through the inner gradients
     target: Literal["head", "attention", "mlp", "attention+mlp", "norms", "all"] = "head"  # what adapts
     target_layers: str = ""  # blocks that adapt, as 0,1,5; empty: all (norms, all: the final norm too)

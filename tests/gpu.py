@@ -156,8 +156,8 @@ def parameters():
         e = {name: tensor.to(device) for name, tensor in episode.items()}
         with sdpa_kernel(SDPBackend.MATH), in_float64():
             loss, _ = maml.episode_loss_through_model(
-                reader, adapting, own, e, head_lr=0.5, target_lr=0.5, steps=3, first_order=first_order,
-                autocast=nullcontext())
+                reader, adapting, own, e, head_lr=dict.fromkeys(own, 0.5), target_lr=0.5, steps=3,
+                first_order=first_order, autocast=nullcontext())
             found = torch.autograd.grad(loss, [*reader.parameters(), *own.values()], allow_unused=True)
         return [loss.detach(), *(g for g in found if g is not None)]
 

@@ -15,6 +15,7 @@ from conftest import log_of, one_line, run_many
 from scipy.stats.contingency import expected_freq
 from sklearn.preprocessing import normalize
 
+import eval_fewshot
 import smlmt
 from eval_fewshot import sentence_task
 from model import Llama, ModelConfig
@@ -107,8 +108,9 @@ def gradient_descent(head, x, y, z, steps=3):
     for _ in range(steps):
         head = [p.detach().requires_grad_() for p in head]
         loss = -logits(head, x).log_softmax(1)[range(len(y)), y].mean()
-        step = LR * len(head[-1]) / (1 if len(y) > len(head[-1]) else 2)  # for each class; one shot: half
-        head = [p - step * g for p, g in zip(head, torch.autograd.grad(loss, head), strict=True)]
+        last = LR * len(head[-1]) / (1 if len(y) > len(head[-1]) else 2)  # for each class; one shot: half
+        rates = [LR / 2] * (len(head) - 2) + [last] * 2
+        head = [p - r * g for p, r, g in zip(head, rates, torch.autograd.grad(loss, head), strict=True)]
     return logits(head, z).argmax(1)
 
 def regression(x, y, z, n_way):
@@ -239,6 +241,16 @@ def test_words_as_training_evaluates_them(here, results):
         cell = results[1]["training"][task]["shots"]["3"][f"{here}/training/maml, step 20, adapt"]
         expected = line[key], 1.96 * line[f"{key}_se"]
         assert (cell["mean"], cell["ci95"]) == pytest.approx(expected, abs=2.2 / (64 * N * Q))  # two answers
+
+def test_each_number_of_shots_has_its_own_rate(here, results, monkeypatch):
+    rates = {}
+    def adapted(x, y, z, head, lr, steps):
+        rates[len(y)] = lr
+        return torch.zeros(steps + 1, len(z))
+    monkeypatch.setitem(eval_fewshot.CLASSIFIERS, "adapt", adapted)
+    task = sentence_task(SimpleNamespace(shots=[1, 4], n_episodes=1, seed=0), "two", *TASKS["two"])
+    eval_fewshot.evaluate(task, "deep", load_model(here / "runs/deep"))
+    assert [list(rates[m].values()) for m in (2, 8)] == [[LR / 2] * 4 + [rate] * 2 for rate in (LR, 2 * LR)]
 
 def test_a_class_may_be_missing_in_the_test_rows():
     config = SimpleNamespace(shots=[1], n_episodes=2, seed=0)

@@ -1,5 +1,6 @@
 """Machines that are not here: GPUs, Macs, Windows, pretended as far as it goes."""
 import math
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,11 @@ from conftest import ROOT, log_of, run_many, run_script, without_times
 from plumbing import machine
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
+
+def test_an_old_python_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(SystemExit, match="Python 3.10 or newer is needed"):
+        runpy.run_path(ROOT / "plumbing/__init__.py")
 
 def test_auto_takes_the_gpu_that_there_is(monkeypatch, capsys):
     assert machine.choose_device("auto").type == "cpu"

@@ -54,6 +54,7 @@ BASE = dict(
 KINDS = {  # of meta steps, and what is set for each
     "first order": {},
     "second order": {"second_order": True},
+    "one shot": {"k_shot": 1},
     "deep head": {"head_layers": 4, "head_hidden": 8},
     "deep head, second order": {"head_layers": 2, "head_hidden": 8, "second_order": True},
     "at the mask": {"readout": "mask"},
@@ -165,7 +166,8 @@ def by_hand(saved, episodes, lr, steps, second_order=False, multi_task=False):
         for _ in range(steps):
             loss, _ = answer(weights, support, labels)
             slope = torch.autograd.grad(loss, weights, create_graph=second_order)
-            weights = [w - lr * g for w, g in zip(weights, slope, strict=True)]
+            rates = [lr / N / 2] * (len(weights) - 2) + [lr] * 2  # below the last layer not times the ways
+            weights = [w - rate * g for w, rate, g in zip(weights, rates, slope, strict=True)]
         loss, line["query_acc"] = answer(weights, query, asked)
         losses.append(loss)
         line["support_acc"] = answer(weights, support, labels)[1].mean()
@@ -182,7 +184,8 @@ def test_meta_step_is_that_of_an_unrolled_loop(runs, kind):
     gradient = {name: (m - 0.9 * moments(before)[name]) / 0.1 for name, m in moments(after).items()}
     episodes, steps = step_episodes(here, kind, LAST), changes.get("inner_steps", INNER_STEPS)
     second_order = changes.get("second_order", False)
-    expected, numbers = by_hand(before, episodes, INNER_LR, steps, second_order, multi_task=steps == 0)
+    lr = INNER_LR / 2 if kind == "one shot" else INNER_LR
+    expected, numbers = by_hand(before, episodes, lr, steps, second_order, multi_task=steps == 0)
     assert len(episodes) == changes.get("episodes_per_step", 1)
     assert gradient.keys() == expected.keys() == parameters(before).keys() - {"unembedding.weight"}
     largest = max(g.abs().max() for g in expected.values())
@@ -194,7 +197,7 @@ def test_meta_step_is_that_of_an_unrolled_loop(runs, kind):
     norm = sum(g.square().sum().item() for g in expected.values()) ** 0.5
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
     if steps:  # the comparison tells the two orders apart
-        other, _ = by_hand(before, episodes, INNER_LR, steps, not second_order)
+        other, _ = by_hand(before, episodes, lr, steps, not second_order)
         assert max((other[name] - g).abs().max() for name, g in expected.items()) > 1e-2 * largest
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -365,14 +368,14 @@ def test_runs_end_well(runs):
     assert {(done[name].returncode, done[name].stderr) for name in done.keys() - MISTAKES.keys()} == {(0, "")}
 
 def cost(kind, episodes_per_step=1, second_order=False, inner_steps=INNER_STEPS, head_layers=1, head_hidden=0,
-         **_):
+         k_shot=K, **_):
     """Tokens and FLOPs of a step: 2 a weight and token forward, 4 more backward; also for attention."""
     projections = D * D + 2 * D * (D // 2) + D * D  # queries, keys and values of one head for two, output
     weights = projections + 3 * D * FF + 3 * D  # and the SwiGLU, and three norms
     forward = {n: 2 * weights + 2 * 2 * D * (n + 1) / 2 for n in (T, L)}  # over half of the row on average
     if kind == "lm":
         return {"lm_tokens": B * T, "flops": B * T * 3 * (forward[T] + 2 * V * D)}
-    support, query = episodes_per_step * N * K, episodes_per_step * N * Q  # windows
+    support, query = episodes_per_step * N * k_shot, episodes_per_step * N * Q  # windows
     widths = [D, *[head_hidden] * (head_layers - 1), N]
     head = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
     flops = L * support * forward[L] * (3 if second_order else 1) + L * query * forward[L] * 3

@@ -57,7 +57,7 @@ def put(model, name, weight):
 
 def by_hand(saved, episodes, pattern, second_order):
     """Gradients by name, mean query loss before and after: gradient descent whose weights go into a model."""
-    losses, gradients = [], {}
+    losses, gradients, layers = [], {}, len(saved.head) // 2
     for episode in episodes:
         model = Llama(ModelConfig(D, 2, 2, 1, FF, V, T))
         model.load_state_dict(saved.model)
@@ -71,7 +71,6 @@ def by_hand(saved, episodes, pattern, second_order):
                     put(model, name, p)
             rows, positions = torch.from_numpy(episode[part]), episode[f"{part}_pos"]
             x = model.features(rows)[range(len(rows)), positions] / math.sqrt(D)
-            layers = len(saved.head) // 2
             for i in range(layers):
                 x = x @ weights[f"head.{i}.weight"].T + weights[f"head.{i}.bias"]
                 x = torch.relu(x) if i < layers - 1 else x
@@ -82,7 +81,8 @@ def by_hand(saved, episodes, pattern, second_order):
             for _ in range(INNER_STEPS):
                 loss = surprise(weights, "support")
                 slope = torch.autograd.grad(loss, list(weights.values()), create_graph=second_order)
-                rates = [INNER_LR if name.startswith("head") else LR for name in weights]
+                rates = [LR if "head" not in name else INNER_LR if f"head.{layers - 1}" in name
+                         else INNER_LR / N / 2 for name in weights]
                 steps = zip(weights.items(), rates, slope, strict=True)
                 weights = {name: p - rate * g for (name, p), rate, g in steps}
             loss = surprise(weights, "query")
