@@ -185,7 +185,7 @@ def run_episodes(episodes, head, steps=config.inner_steps):
     return head_loss(head, e, support, query, steps)
 
 def train_step(step):
-    """One or both, as --mix says. Leaves gradients in `params`; returns this process's share of metrics."""
+    """One objective or both, as --mix says. Leaves gradients in `params`; returns shares of metrics."""
     waiting = config.on_collapse == "meta" and not run.collapse  # meta steps begin at a collapse
     over = config.on_collapse == "vanilla" and run.collapse  # or end there
     if waiting or over or not config.meta_ratio:
