@@ -112,8 +112,8 @@ def head_rates(head, inner_lr, n_way, k_shot):
     """{name: inner learning rate} of the head: one value of the setting serves any number of ways and shots.
 
     Steps are stable where rate times curvature is below 2. In a last layer of zeros the loss is curved by at
-    most 2 / N; in the layers below the curvature does not fall with N. With one shot the support set is
-    noisier. The two halves were found by trial (LOG.md).
+    most 2 / N; in the layers below the curvature does not fall with N. Half of inner_lr for those, and half
+    the rate with one shot, whose support set is noisier, were found by trial (LOG.md).
     """
     last = f"{last_layer(head)}."
     rate = inner_lr * n_way * min(k_shot, 2) / 2

@@ -5,4 +5,4 @@ A student never has to open it.
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit("error: Python 3.10 or newer is needed, as by torch; this is " + sys.version.split()[0])
+    sys.exit("error: Python 3.10 or newer is needed, by torch too; this is " + sys.version.split()[0])
