@@ -170,8 +170,8 @@ def few_shot(results, readers):
             below.plot(accuracies, color=colors[reader], marker="o", markersize=3)
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(shots), list(shots))
-        ax.set(title=task, xlabel="examples of a class", ylim=(0, None))
-        below.set(xlabel=f"inner steps, {middle} examples of a class")
+        ax.set(title=task, xlabel="K, examples of a class", ylim=(0, None))
+        below.set(xlabel=f"inner steps, K = {middle}")
         ax.grid(), below.grid()
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy")
