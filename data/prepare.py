@@ -31,13 +31,14 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plumbing, from any working directory
 
+from plumbing import settings  # first: an old Python and Ctrl-C end in one line from here on
+
 import numpy as np
 import rustbpe
 import tiktoken
 from docstrings import read_packages
 from tqdm import tqdm
 
-from plumbing import settings
 from plumbing.corpus import file_rows, hub_rows, list_files, matches, stream
 from plumbing.files import ROOT, attempt, fail, lock, read_json, sha256_of, write_atomic
 from plumbing.settings import Count, Share, Whole
